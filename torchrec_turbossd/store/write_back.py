@@ -1,0 +1,228 @@
+"""A row store that answers writes at once and applies them to another store in the background, in order."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrec_turbossd.errors import ConfigError, StoreError
+from torchrec_turbossd.store.contract import Rows, RowStore
+from torchrec_turbossd.store.gate import Gate
+
+_MERGE_BYTES = 512 << 10
+"""Small batches are merged up to this size, so that a read searches few of them and the store writes few."""
+
+_Part = tuple[np.ndarray, np.ndarray]
+"""(ids [N] int64, ascending and distinct; rows [N, row_bytes] uint8)."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    parts: Mapping[str, _Part]
+    last: int
+
+    @property
+    def size(self) -> int:
+        return sum(ids.nbytes + rows.nbytes for ids, rows in self.parts.values())
+
+    def tensors(self) -> dict[str, Rows]:
+        return {table: (torch.from_numpy(ids), torch.from_numpy(rows)) for table, (ids, rows) in self.parts.items()}
+
+    def then(self, newer: _Batch) -> _Batch:
+        """Both as one write, in which rows of `newer` win."""
+        parts = dict(self.parts)
+        for table, (ids, rows) in newer.parts.items():
+            if table in parts:
+                ids = np.concatenate([parts[table][0], ids])
+                rows = np.concatenate([parts[table][1], rows])
+            parts[table] = _last_of_each(ids, rows)
+        return _Batch(parts, newer.last)
+
+
+def _last_of_each(ids: np.ndarray, rows: np.ndarray) -> _Part:
+    """Copies, sorted by id, with the last of duplicate ids."""
+    order = np.argsort(ids, kind="stable")
+    in_order = ids[order]
+    is_last = np.ones(order.size, dtype=np.bool_)
+    is_last[:-1] = in_order[1:] != in_order[:-1]
+    return in_order[is_last], rows[order[is_last]]
+
+
+class WriteBackStore(RowStore):
+    """Rows of `inner`, with writes that wait for no disk.
+
+    A `write` copies its rows and returns; one thread applies them to `inner`, in order and each as a whole (several
+    small ones may become one). Reads see them from the moment `write` returns. They are durable after `flush`, and
+    lost if the process ends before: this is not for writes that must survive once acknowledged.
+
+    When `inner` fails, its rows stay here and readable. The next `write` or `flush` raises that failure, writes go on
+    raising it, and each later `flush` (or `close`) tries again, so that nothing is lost once the cause is gone.
+
+    Args:
+        inner: the store behind; nobody else may write to it. `close` closes it.
+        max_pending_bytes: ids and rows not yet applied; a `write` beyond waits until there is room. One larger than
+            this waits until nothing is pending.
+    """
+
+    def __init__(self, inner: RowStore, *, max_pending_bytes: int) -> None:
+        if max_pending_bytes < 1:
+            raise ConfigError(f"max_pending_bytes must be at least 1, got {max_pending_bytes}")
+        super().__init__(inner.row_bytes)
+        self.inner = inner
+        self.max_pending_bytes = max_pending_bytes
+        self._gate = Gate("the write-back row store")
+        self._changed = threading.Condition()
+        self._queue: deque[_Batch] = deque()
+        self._pending_bytes = 0
+        self._written = 0
+        self._applied = 0
+        self._applying = False
+        self._stopping = False
+        self._error: Exception | None = None
+        self._told = False
+        self._thread = threading.Thread(target=self._apply_all, name="turbossd-write-back", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of ids and rows that are not in `inner` yet."""
+        return self._pending_bytes
+
+    def read(self, table: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+        with self._gate.call():
+            self.check_ids(table, ids)
+            with self._changed:
+                parts = [batch.parts[table] for batch in reversed(self._queue) if table in batch.parts]
+            if not parts:
+                return self.inner.read(table, ids)
+            return self._read_through(table, ids, parts)
+
+    def _read_through(self, table: str, ids: Tensor, parts: list[_Part]) -> tuple[Tensor, Tensor]:
+        wanted = ids.numpy()
+        rows = np.zeros((wanted.size, self.row_bytes[table]), dtype=np.uint8)
+        found = np.zeros(wanted.size, dtype=np.bool_)
+        left = np.arange(wanted.size)
+        for have, values in parts:
+            at = np.minimum(np.searchsorted(have, wanted[left]), have.size - 1)
+            hit = have[at] == wanted[left]
+            rows[left[hit]] = values[at[hit]]
+            found[left[hit]] = True
+            left = left[~hit]
+            if not left.size:
+                break
+        if left.size:
+            inner_rows, inner_found = self.inner.read(table, torch.from_numpy(wanted[left]))
+            rows[left] = inner_rows.numpy()
+            found[left] = inner_found.numpy()
+        return torch.from_numpy(rows), torch.from_numpy(found)
+
+    def write(self, batch: Mapping[str, Rows]) -> None:
+        with self._gate.call():
+            self.check_batch(batch)
+            parts = {t: _last_of_each(ids.numpy(), rows.numpy()) for t, (ids, rows) in batch.items() if ids.numel()}
+            if not parts:
+                return
+            size = _Batch(parts, 0).size
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None or self._has_room(size))
+                self._raise_kept()
+                self._written += 1
+                self._append(_Batch(parts, self._written))
+                self._changed.notify_all()
+
+    def _has_room(self, size: int) -> bool:
+        return not self._queue or self._pending_bytes + size <= self.max_pending_bytes
+
+    def _append(self, new: _Batch) -> None:
+        self._pending_bytes += new.size
+        # Merging only with what is not much larger costs each row a logarithmic number of copies.
+        while len(self._queue) > int(self._applying) and self._may_merge(self._queue[-1], new):
+            old = self._queue.pop()
+            merged = old.then(new)
+            self._pending_bytes += merged.size - old.size - new.size
+            new = merged
+        self._queue.append(new)
+
+    @staticmethod
+    def _may_merge(old: _Batch, new: _Batch) -> bool:
+        return old.size <= 2 * new.size and old.size + new.size <= _MERGE_BYTES
+
+    def _apply_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or (self._queue and self._error is None))
+                if self._stopping:
+                    return
+                batch = self._queue[0]
+                self._applying = True
+            error: Exception | None = None
+            try:
+                self.inner.write(batch.tensors())
+            except Exception as failure:
+                error = failure
+            with self._changed:
+                self._applying = False
+                if error is None:
+                    self._queue.popleft()
+                    self._pending_bytes -= batch.size
+                    self._applied = batch.last
+                self._error, self._told = error, False
+                self._changed.notify_all()
+
+    def _raise_kept(self) -> None:
+        if self._error is None:
+            return
+        self._told = True
+        kind = type(self._error) if isinstance(self._error, StoreError) else StoreError
+        raise kind(
+            f"rows could not be written in the background: {self._error}; they are kept in memory, and flush() "
+            f"writes them once the cause is gone"
+        ) from self._error
+
+    def _drain(self, *, retry: bool = False) -> None:
+        with self._changed:
+            if not (retry or self._told):
+                self._raise_kept()
+            self._error = None
+            self._changed.notify_all()
+            target = self._written
+            self._changed.wait_for(lambda: self._applied >= target or self._error is not None)
+            self._raise_kept()
+
+    def scan(self, table: str, start: int = 0, window: int = 65536) -> Iterator[Rows]:
+        with self._gate.call():
+            self.check_scan(table, start, window)
+            self._drain()
+            return self.inner.scan(table, start, window)
+
+    def flush(self) -> None:
+        with self._gate.call():
+            self._drain()
+            self.inner.flush()
+
+    def checkpoint(self, path: Path) -> None:
+        with self._gate.call():
+            self._drain()
+            self.inner.checkpoint(path)
+
+    def close(self) -> None:
+        """Apply what is pending and close `inner`; where rows cannot be applied it stays open for another try."""
+        with self._gate.closing() as first:
+            if not first:
+                return
+            self._drain(retry=True)
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            self._thread.join()
+        self.inner.close()
+
+
+__all__ = ["WriteBackStore"]
