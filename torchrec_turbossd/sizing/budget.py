@@ -1,0 +1,192 @@
+"""Sharing a memory budget among caches so that the fewest lookups miss."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from torchrec_turbossd.errors import BudgetError, ConfigError
+from torchrec_turbossd.sizing.curve import Curve
+from torchrec_turbossd.sizing.profile import Floats, Ints
+
+Key = TypeVar("Key", bound=Hashable)
+_POINTS = 512
+_TRADES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetItem:
+    """One cache that wants a share.
+
+    Attributes:
+        bytes_per_slot: what one more slot costs.
+        curve: its hit rate by slots.
+        weight: lookups a batch, times what a miss costs where that differs between items.
+        floor_slots: slots it must have.
+        max_slots: slots beyond which more do not help: its rows.
+        fixed_bytes: what it takes whatever its slots: slot map, reserved slot.
+    """
+
+    bytes_per_slot: int
+    curve: Curve
+    weight: float
+    floor_slots: int
+    max_slots: int
+    fixed_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_slot < 1 or self.fixed_bytes < 0:
+            raise ConfigError(f"a slot takes at least 1 byte, got {self.bytes_per_slot} and {self.fixed_bytes} fixed")
+        if not 0 <= self.floor_slots <= self.max_slots:
+            raise ConfigError(f"0 <= floor <= max slots is needed, got {self.floor_slots} and {self.max_slots}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigError(f"a weight is finite and not negative, got {self.weight}")
+
+    def bytes_for(self, slots: int) -> int:
+        """Bytes that it takes with `slots`."""
+        return self.fixed_bytes + slots * self.bytes_per_slot
+
+
+@dataclass
+class _Step:
+    """Slots `start` to `stop` of an item on the concave hull of its gain; `density` is gain per byte."""
+
+    item: int
+    start: int
+    stop: int
+    density: float
+
+
+def split_budget(items: Mapping[Key, BudgetItem], budget_bytes: int) -> dict[Key, int]:
+    """Slots for each item, floors included, that together fit `budget_bytes` and lose the fewest weighted lookups.
+
+    Every item's gain is replaced by its least concave majorant, cut into steps; steps are taken by gain per byte,
+    best first, the last one in part (B. Fox, "Discrete Optimization via Marginal Analysis", 1966). With concave curves,
+    as those of access profiles are, what that misses of the best is less than the gain of one slot; where slots are so
+    few that this matters, single slots are then traded between items. The same input always gives the same result.
+
+    Raises:
+        BudgetError: the floors do not fit; or a budget that is negative or not a whole number of bytes.
+    """
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes < 0:
+        raise BudgetError(f"a budget is a whole number of bytes, not negative, got {budget_bytes!r}")
+    slots = [item.floor_slots for item in items.values()]
+    left = budget_bytes - sum(item.bytes_for(item.floor_slots) for item in items.values())
+    if left < 0:
+        raise BudgetError(_short(items, budget_bytes, -left))
+    wanted = list(items.values())
+    steps = [step for number, item in enumerate(wanted) for step in _steps(number, item)]
+    steps.sort(key=lambda step: (-step.density, step.item, step.start))
+    for step in steps:
+        # A step left out in part bars the later ones of its item, which are worth less.
+        if slots[step.item] != step.start:
+            continue
+        price = wanted[step.item].bytes_per_slot
+        taken = min(step.stop - step.start, left // price)
+        slots[step.item] += taken
+        left -= taken * price
+    for _ in range(_TRADES):
+        trade = _best_trade(wanted, np.array(slots, dtype=np.int64), left)
+        if trade is None:
+            break
+        giver, given, taker = trade
+        slots[giver] -= given
+        slots[taker] += 1
+        left += given * wanted[giver].bytes_per_slot - wanted[taker].bytes_per_slot
+    return dict(zip(items, slots, strict=True))
+
+
+def explain_split(items: Mapping[Key, BudgetItem], slots: Mapping[Key, int]) -> str:
+    """A line for each item: slots, bytes, hit rate per lookup, and what one more MiB would do for it."""
+    lines = []
+    for key, item in items.items():
+        now = slots[key]
+        more = min(item.max_slots, now + max(1, 2**20 // item.bytes_per_slot))
+        rates = item.curve.hit_rate(np.array([now, more], dtype=np.float64))
+        lines.append(
+            f"{key}: {now:,} of {item.max_slots:,} slots, {item.bytes_for(now) / 2**20:,.1f} MiB, "
+            f"hit rate {rates[0]:.1%}; one more MiB: {rates[1]:.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _short(items: Mapping[Key, BudgetItem], budget: int, short: int) -> str:
+    floors = sorted(((item.bytes_for(item.floor_slots), str(key)) for key, item in items.items()), reverse=True)
+    named = ", ".join(f"{key!r} {size:,} bytes" for size, key in floors[:5])
+    rest = f" and {len(floors) - 5} more" if len(floors) > 5 else ""
+    return (
+        f"the least slots of {len(floors)} caches take {budget + short:,} bytes, {short:,} more than the budget of "
+        f"{budget:,}: {named}{rest}; raise the budget, or lower the batch size or the batches in flight"
+    )
+
+
+def _steps(number: int, item: BudgetItem) -> list[_Step]:
+    grid = _grid(item.floor_slots, item.max_slots)
+    if grid.size < 2 or item.weight == 0:
+        return []
+    gains = _gain(item, grid)
+    hull = _hull(grid, gains)
+    densities = np.diff(gains[hull]) / np.diff(grid[hull]) / item.bytes_per_slot
+    return [
+        _Step(number, int(grid[a]), int(grid[b]), float(density))
+        for (a, b), density in zip(itertools.pairwise(hull), densities, strict=True)
+        if density > 0
+    ]
+
+
+def _best_trade(items: Sequence[BudgetItem], slots: Ints, left: int) -> tuple[int, int, int] | None:
+    """The item to take slots from, how many, and the item to give one slot to, that gains most; None if none gains."""
+    prices = np.array([item.bytes_per_slot for item in items], dtype=np.int64)
+    spare = slots - np.array([item.floor_slots for item in items], dtype=np.int64)
+    full = slots >= np.array([item.max_slots for item in items], dtype=np.int64)
+    now = np.array([_gain(item, slots[n]) for n, item in enumerate(items)])
+    gains = np.array([_gain(item, slots[n] + 1) for n, item in enumerate(items)]) - now
+    best: tuple[int, int, int] | None = None
+    most = 1e-9 * float(now.sum())
+    for giver, item in enumerate(items):
+        given = -(-np.maximum(prices - left, 0) // item.bytes_per_slot)
+        possible = (given <= spare[giver]) & ~full
+        possible[giver] = False
+        net = np.where(possible, gains + _gain(item, np.maximum(slots[giver] - given, 0)) - now[giver], -np.inf)
+        taker = int(net.argmax())
+        if net[taker] > most:
+            most, best = float(net[taker]), (giver, int(given[taker]), taker)
+    return best
+
+
+def _gain(item: BudgetItem, slots: npt.ArrayLike) -> Floats:
+    return item.weight * item.curve.hit_rate(np.asarray(slots, dtype=np.float64))
+
+
+def _grid(low: int, high: int) -> Ints:
+    """Every slot count where there are few, else finer near `low`, where the curve bends."""
+    if high - low < _POINTS:
+        return np.arange(low, high + 1, dtype=np.int64)
+    offsets = np.geomspace(1, high - low, _POINTS).round().astype(np.int64)
+    grid = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), offsets])) + low
+    grid[-1] = high
+    return grid
+
+
+def _hull(grid: Ints, gains: Floats) -> list[int]:
+    """Indices of the upper concave hull of the points."""
+    hull: list[int] = []
+    for point in range(grid.size):
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            before = (gains[b] - gains[a]) / (grid[b] - grid[a])
+            after = (gains[point] - gains[b]) / (grid[point] - grid[b])
+            if before > after:
+                break
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+__all__ = ["BudgetItem", "explain_split", "split_budget"]

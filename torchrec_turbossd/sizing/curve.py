@@ -1,0 +1,136 @@
+"""Hit rate by slots: how much of the traffic a cache of each size answers.
+
+The rate that counts here is per lookup, not per distinct id: of all lookups, repeated ones included, the share whose
+row is in a slot. Lookups are taken as independent draws from the profile, one at a time: traffic that asks again soon
+for what it just asked for hits more often than this says.
+
+For LRU this is Che's approximation: a row is in the cache if it was asked for within the last T lookups, with one T
+for all rows, set by the cache's size (H. Che, Y. Tung, Z. Wang, "Hierarchical Web Caching Systems: Modeling, Design
+and Experimental Results", IEEE JSAC 20(7), 2002). For CLOCK, the default policy, the same argument is applied to its
+hand: T is the time of one sweep, and a row that enters unmarked stays sweep after sweep while it is asked for in each.
+With x = pT it stays exp(x) sweeps on average, then is absent for 1/p, so that it is present for the share
+x exp(x) / (1 + x exp(x)) of the time; LRU has 1 - exp(-x).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from torchrec_turbossd.errors import ConfigError
+from torchrec_turbossd.sizing.profile import AccessProfile, Floats, Ints
+
+DEFAULT_POLICY = "clock"
+_KNOTS = 400
+
+
+class Curve(Protocol):
+    """Anything that tells a hit rate by slots."""
+
+    def hit_rate(self, slots: Floats, /) -> Floats:
+        """Hit rates in [0, 1] of `slots`, elementwise and never falling."""
+
+
+class HitRateCurve:
+    """Expected steady-state hit rate per lookup of a cache of `slots` rows.
+
+    Args:
+        profile: how often each row is asked for.
+        policy: "clock" (None: the default) or "lru".
+
+    Raises:
+        ConfigError: another policy.
+    """
+
+    def __init__(self, profile: AccessProfile, policy: str | None = None) -> None:
+        self.profile = profile
+        self.policy = policy or DEFAULT_POLICY
+        if self.policy not in _PRESENT:
+            raise ConfigError(f"no hit-rate model of policy {policy!r}; there is one of {', '.join(sorted(_PRESENT))}")
+
+    @overload
+    def hit_rate(self, slots: float) -> float: ...
+    @overload
+    def hit_rate(self, slots: npt.NDArray[np.generic]) -> Floats: ...
+    def hit_rate(self, slots: float | npt.NDArray[np.generic]) -> float | Floats:
+        """Share of lookups that find their row in one of `slots`, a number or an array; 1 when every row has one.
+
+        Raises:
+            ConfigError: negative or not a number.
+        """
+        wanted = np.asarray(slots, dtype=np.float64)
+        if not (wanted >= 0).all():
+            raise ConfigError(f"slots must not be negative, got {slots}")
+        filled, hits = self._knots
+        rates = np.interp(wanted, filled, hits)
+        return rates if isinstance(slots, np.ndarray) else float(rates)
+
+    @overload
+    def slots_for(self, hit_rate: float) -> int: ...
+    @overload
+    def slots_for(self, hit_rate: npt.NDArray[np.generic]) -> Ints: ...
+    def slots_for(self, hit_rate: float | npt.NDArray[np.generic]) -> int | Ints:
+        """The least slots whose hit rate is at least `hit_rate`, in [0, 1], a number or an array.
+
+        Raises:
+            ConfigError: outside [0, 1] or not a number.
+        """
+        wanted = np.asarray(hit_rate, dtype=np.float64)
+        if not ((wanted >= 0) & (wanted <= 1)).all():
+            raise ConfigError(f"a hit rate is between 0 and 1, got {hit_rate}")
+        filled, hits = self._knots
+        slots = np.ceil(np.interp(wanted, hits, filled))
+        # Interpolation there and back may round to a neighbour.
+        slots += np.interp(slots, filled, hits) < wanted
+        slots -= (slots > 0) & (np.interp(np.maximum(slots - 1, 0), filled, hits) >= wanted)
+        return slots.astype(np.int64) if isinstance(hit_rate, np.ndarray) else int(slots)
+
+    @functools.cached_property
+    def _knots(self) -> tuple[Floats, Floats]:
+        """Rising slots and hit rates, between which the curve is straight: from (0, 0) to (rows asked for, 1)."""
+        asked = self.profile.chances > 0
+        sizes, chances = self.profile.sizes[asked].astype(np.float64), self.profile.chances[asked]
+        times = np.geomspace(1e-2, 50.0 / chances[-1], _KNOTS)
+        present = _PRESENT[self.policy](np.outer(times, chances))
+        filled, hits = present @ sizes, present @ (sizes * chances / (sizes @ chances))
+        below = (filled < sizes.sum()) & (hits < 1)
+        filled, hits = np.append(0.0, filled[below]), np.append(0.0, hits[below])
+        rising = np.append(True, (np.diff(filled) > 0) & (np.diff(hits) > 0))
+        return np.append(filled[rising], sizes.sum()), np.append(hits[rising], 1.0)
+
+
+def _present_lru(x: Floats) -> Floats:
+    return -np.expm1(-x)
+
+
+def _present_clock(x: Floats) -> Floats:
+    # Divided through by exp(x), which would overflow.
+    present: Floats = x / (x + np.exp(-x))
+    return present
+
+
+_PRESENT: dict[str, Callable[[Floats], Floats]] = {"clock": _present_clock, "lru": _present_lru}
+
+
+class ShardCurve:
+    """The curve of a shard that holds one of every `parts` rows of a table, popular and unpopular ones alike.
+
+    Its lookups are hit as often as the whole table's would be with `parts` times the slots.
+    """
+
+    def __init__(self, whole: Curve, parts: float) -> None:
+        if not (math.isfinite(parts) and parts >= 1):
+            raise ConfigError(f"a shard is one of at least 1 parts of a table, got {parts}")
+        self._whole, self._parts = whole, parts
+
+    def hit_rate(self, slots: Floats, /) -> Floats:
+        """Hit rates of `slots` of this shard."""
+        return self._whole.hit_rate(slots * self._parts)
+
+
+__all__ = ["DEFAULT_POLICY", "Curve", "HitRateCurve", "ShardCurve"]
