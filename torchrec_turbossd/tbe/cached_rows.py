@@ -1,0 +1,262 @@
+"""Rows of tables on SSD brought into slots for a batch, and back: what training and serving share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchrec_turbossd.cache.slot_cache import Reservation, SlotCache
+from torchrec_turbossd.errors import CacheFullError
+from torchrec_turbossd.metrics import ReadCounters
+from torchrec_turbossd.rows import initial_rows
+from torchrec_turbossd.store.contract import Rows, RowStore
+from torchrec_turbossd.tables import TableShard
+from torchrec_turbossd.tbe.layout import Batch, Bounds, Layout
+from torchrec_turbossd.tbe.slot_memory import SlotMemory
+
+_FLUSH_ROWS = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A batch whose rows are all in slots.
+
+    slots: [N] int64, the TBE's row ids. at: [N] int64, the same in the cache's concatenated numbering.
+    """
+
+    slots: Tensor
+    at: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distinct:
+    """The distinct rows of a batch, outside the slots.
+
+    positions: [M] int64 ascending. ids: for each table, its distinct local ids. rows: for each table, their bytes
+    [M_t, row_bytes] on the CPU. slots: [N] int64, each lookup's place among its table's ids, counted from 1.
+    """
+
+    positions: Tensor
+    ids: list[Tensor]
+    rows: list[Tensor]
+    slots: Tensor
+
+
+class CachedRows:
+    """The slots of a TBE in front of a row store.
+
+    Every method takes `lock`, which is public so that a caller can make several calls one step.
+
+    Args:
+        shards: the local tables, in the TBE's order.
+        slots: usable slots of each (slot 0 comes on top).
+        feature_table: for each feature, its table.
+        memory: the TBE's slots.
+        store: where rows live; read and written by `TableShard.key` and global row id.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TableShard],
+        slots: Sequence[int],
+        feature_table: Sequence[int],
+        memory: SlotMemory,
+        store: RowStore,
+        *,
+        device: torch.device,
+        policy: str = "clock",
+        bounds: Bounds = Bounds.RAISE,
+    ) -> None:
+        self.shards, self.memory, self.store = list(shards), memory, store
+        self.cache = SlotCache([s.rows for s in shards], slots, device=device, policy=policy)
+        names = [s.table.name for s in shards]
+        self.layout = Layout(names, [s.rows for s in shards], feature_table, self.cache.bases, bounds)
+        self.counters = ReadCounters(names)
+        self.lock = threading.RLock()
+        self._lent: list[Tensor] = []
+        self._slot_base_of: list[int] = self.cache.slot_bases.tolist()
+
+    def fetch(self, batch: Batch, *, pin: bool) -> Fetched:
+        """Bring all rows of a batch into slots; with `pin` they stay until `release`.
+
+        Raises `CacheFullError` when they do not fit; the batch can then run on `take_out`.
+        """
+        with self.lock:
+            self._refuse_lent(batch)
+            found = self.cache.lookup(batch.positions)
+            misses = [0] * len(self.shards)
+            if int(torch.count_nonzero(found)) < found.numel():
+                misses = self._bring_in(batch, found)
+                found = self.cache.lookup(batch.positions)
+            for run in batch.runs:
+                self.cache.touch(run.table, found[run.start : run.stop])
+            self.counters.add(batch.lookups(len(self.shards)), misses)
+            slots = found.to(torch.int64)
+            at = self._concatenated(batch, slots)
+            if pin:
+                self.cache.pin(at, 1)
+        return Fetched(slots=slots, at=at)
+
+    def _concatenated(self, batch: Batch, slots: Tensor) -> Tensor:
+        at = slots.clone()
+        for run in batch.runs:
+            at[run.start : run.stop] += self._slot_base_of[run.table]
+        return at
+
+    def release(self, fetched: Fetched, *, dirty: bool) -> None:
+        """Give up the pins of a fetched batch; `dirty` when its rows have changed."""
+        with self.lock:
+            if dirty:
+                self.cache.mark_dirty(fetched.at)
+            self.cache.pin(fetched.at, -1)
+
+    def _bring_in(self, batch: Batch, found: Tensor) -> list[int]:
+        """Admit a batch's absent rows; returns how many each table had."""
+        here = self._concatenated(batch, found.to(torch.int64))[found > 0]
+        absent = self._by_table(torch.unique(batch.positions[found == 0]))
+        # The batch's own rows must not make room for each other.
+        self.cache.pin(here, 1)
+        try:
+            for table, ids in enumerate(absent):
+                if ids.numel() > self.cache.slots[table]:
+                    raise CacheFullError(f"{ids.numel()} rows do not fit in {self.cache.slots[table]} slots")
+            loaded = [self._load(table, ids) for table, ids in enumerate(absent)]
+            for table, ids in enumerate(absent):
+                if ids.numel():
+                    self._exchange(self.cache.reserve(table, ids), loaded[table])
+        finally:
+            self.cache.pin(here, -1)
+        return [ids.numel() for ids in absent]
+
+    def _by_table(self, positions: Tensor) -> list[Tensor]:
+        """Ascending positions split into local ids of each table."""
+        cuts = torch.searchsorted(positions, self.cache.bases).tolist()
+        bases = self.cache.bases.tolist()
+        return [positions[cuts[t] : cuts[t + 1]] - bases[t] for t in range(len(self.shards))]
+
+    def _exchange(self, reservation: Reservation, rows: Tensor) -> None:
+        """Write back what leaves, fill what comes, and only then let the slot map say so."""
+        leaving = reservation.dirty
+        if bool(leaving.any()):
+            table = reservation.table
+            out = self.memory.read(table, reservation.evicted_slots[leaving])
+            self.store.write(self._keyed(table, reservation.evicted_ids[leaving], out))
+        self.memory.write(reservation.table, reservation.slots, rows)
+        self.cache.commit(reservation)
+
+    def _keyed(self, table: int, ids: Tensor, rows: Tensor) -> dict[str, Rows]:
+        shard = self.shards[table]
+        return {shard.key: (ids.cpu() + shard.row_offset, rows)}
+
+    def _load(self, table: int, ids: Tensor) -> Tensor:
+        """Bytes of absent rows: the store's, or the rule's where none was ever written."""
+        shard = self.shards[table]
+        row_ids = ids.cpu() + shard.row_offset
+        rows, found = self.store.read(shard.key, row_ids)
+        if not bool(found.all()):
+            rows[~found] = initial_rows(shard, row_ids[~found])
+        return rows
+
+    def read_rows(self, table: int, ids: Tensor) -> Tensor:
+        """Current bytes of local `ids` [N] of a table, wherever they are: [N, row_bytes] uint8 on the CPU."""
+        with self.lock:
+            ids = ids.to(self.cache.device)
+            slots = self.cache.slots_of(table, ids)
+            here = slots > 0
+            rows = torch.empty(ids.numel(), self.shards[table].row_bytes, dtype=torch.uint8)
+            resident = here.cpu()
+            rows[resident] = self.memory.read(table, slots[here])
+            rows[~resident] = self._load(table, ids[~here])
+        return rows
+
+    def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
+        """Set the bytes of distinct local `ids` [N]: in their slots where they are there, else in the store."""
+        with self.lock:
+            ids = ids.to(self.cache.device)
+            slots = self.cache.slots_of(table, ids)
+            here = slots > 0
+            resident = here.cpu()
+            if not bool(resident.all()):
+                self.store.write(self._keyed(table, ids[~here], rows[~resident]))
+            self.memory.write(table, slots[here], rows[resident])
+            self.cache.mark_dirty(slots[here] + self._slot_base_of[table])
+
+    def take_out(self, batch: Batch, *, lend: bool) -> Distinct:
+        """The distinct rows of a batch, for a run outside the slots; with `lend` they are gone until `give_back`.
+
+        Raises `CacheFullError` when another batch in flight holds one of the rows to lend.
+        """
+        with self.lock:
+            self._refuse_lent(batch)
+            positions, places = torch.unique(batch.positions, return_inverse=True)
+            ids = self._by_table(positions)
+            starts = torch.searchsorted(positions, self.cache.bases).tolist()
+            slots = places + 1
+            for run in batch.runs:
+                slots[run.start : run.stop] -= starts[run.table]
+            absent = [int((self.cache.slots_of(t, each) == 0).sum()) for t, each in enumerate(ids)]
+            rows = [self.read_rows(table, each) for table, each in enumerate(ids)]
+            if lend:
+                self._lend(positions, ids)
+            self.counters.add(batch.lookups(len(self.shards)), absent)
+        return Distinct(positions=positions, ids=ids, rows=rows, slots=slots)
+
+    def _lend(self, positions: Tensor, ids: list[Tensor]) -> None:
+        present = [each[self.cache.slots_of(t, each) > 0] for t, each in enumerate(ids)]
+        for table, each in enumerate(present):
+            if bool(self.cache.pinned(table, self.cache.slots_of(table, each)).any()):
+                raise CacheFullError(
+                    f"table {self.shards[table].table.name!r}: a batch that does not fit in {self.cache.slots[table]} "
+                    "slots needs rows that another batch in flight holds; run that batch's backward first, or plan "
+                    "more slots"
+                )
+        for table, each in enumerate(present):
+            self._write_back(table, each)
+            self.cache.drop(table, each)
+        self._lent.append(positions)
+
+    def _write_back(self, table: int, ids: Tensor) -> None:
+        """Write the dirty ones of present rows to the store."""
+        for part in torch.split(ids, _FLUSH_ROWS):
+            slots = self.cache.slots_of(table, part)
+            dirty = self.cache.is_dirty(table, slots)
+            if bool(dirty.any()):
+                self.store.write(self._keyed(table, part[dirty], self.memory.read(table, slots[dirty])))
+                self.cache.clean(table, slots)
+
+    def give_back(self, distinct: Distinct, memory: SlotMemory | None) -> None:
+        """End a loan; with `memory` its slots hold the changed rows, which go to the store."""
+        with self.lock:
+            if memory is not None:
+                for table, ids in enumerate(distinct.ids):
+                    places = torch.arange(1, ids.numel() + 1, device=self.cache.device)
+                    self.store.write(self._keyed(table, ids, memory.read(table, places)))
+            self._lent = [p for p in self._lent if p is not distinct.positions]
+
+    def _refuse_lent(self, batch: Batch) -> None:
+        for positions in self._lent:
+            if bool(torch.isin(batch.positions, positions).any()):
+                raise CacheFullError(
+                    "rows of this batch are in use by an earlier batch that did not fit in the slots; run that "
+                    "batch's backward (or drop its output) first, or plan more slots"
+                )
+
+    def flush(self) -> None:
+        """Write every dirty row to the store and make the store durable."""
+        with self.lock:
+            for table in range(len(self.shards)):
+                self._write_back(table, self.cache.dirty(table)[0])
+            self.store.flush()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of fast memory: slots (with the reserved one of each table), slot map and bookkeeping."""
+        held = sum((n + 1) * s.row_bytes for n, s in zip(self.cache.slots, self.shards, strict=True))
+        return held + self.cache.nbytes
+
+
+__all__ = ["CachedRows", "Distinct", "Fetched"]

@@ -1,0 +1,163 @@
+"""Where each lookup of a batch belongs: from ids and offsets to slot map positions, with every input checked."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchrec_turbossd.errors import InputError, RowIndexError
+
+_ID_TYPES = (torch.int32, torch.int64)
+
+
+class Bounds(enum.Enum):
+    """What happens to an id outside its table: RAISE, or answer with row 0 as FBGEMM's WARNING and IGNORE do."""
+
+    RAISE = "raise"
+    WARN = "warn"
+    IGNORE = "ignore"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The lookups [start, stop) of a batch, which all belong to one table."""
+
+    table: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A checked batch: [N] int64 slot map positions, and which lookups belong to which table."""
+
+    positions: Tensor
+    runs: list[Run]
+
+    def lookups(self, tables: int) -> list[int]:
+        """Lookups of each table."""
+        counts = [0] * tables
+        for run in self.runs:
+            counts[run.table] += run.stop - run.start
+        return counts
+
+
+class Layout:
+    """Tables and features of a TBE: `feature_table[f]` is the table that feature f looks up.
+
+    Args:
+        names, rows: of each local table.
+        bases: [tables + 1] int64, first slot map position of each table.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        feature_table: Sequence[int],
+        bases: Tensor,
+        bounds: Bounds = Bounds.RAISE,
+    ) -> None:
+        self.names, self.rows, self.feature_table = list(names), list(rows), list(feature_table)
+        self.bounds, self.device = bounds, bases.device
+        self._bases: list[int] = bases.tolist()
+        self._feature_rows = torch.tensor([rows[t] for t in feature_table], device=self.device)
+        self._feature_bases = torch.tensor([self._bases[t] for t in feature_table], device=self.device)
+
+    def place(self, ids: Tensor, offsets: Tensor) -> Batch:
+        """Check a batch in TBE convention (ids [N], offsets [features * B + 1]) and find each lookup's position.
+
+        Raises `InputError` for dtype, shape, device or offsets that do not fit, `RowIndexError` for an id outside its
+        table when bounds are RAISE. The caller's tensors are never changed.
+        """
+        size = self._check_form(ids, offsets)
+        if self.device.type == "cpu":
+            ends = self._ends(offsets, size, ids.numel())
+            return self._place_runs(ids.to(torch.int64), self._runs(ends))
+        return self._place_on_device(ids.to(torch.int64), offsets.to(torch.int64), size)
+
+    def _check_form(self, ids: Tensor, offsets: Tensor) -> int:
+        for what, tensor in (("indices", ids), ("offsets", offsets)):
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"{what} must be a tensor, got {type(tensor).__name__}")
+            if tensor.dim() != 1 or tensor.dtype not in _ID_TYPES:
+                raise InputError(f"{what} must be 1-D int32 or int64, got {tensor.dim()}-D {tensor.dtype}")
+            if tensor.device != self.device:
+                raise InputError(f"{what} must be on {self.device}, got {tensor.device}; move them with .to()")
+        features = len(self.feature_table)
+        if offsets.numel() == 0 or (offsets.numel() - 1) % features:
+            raise InputError(f"offsets must have {features} features x batch size + 1 entries, got {offsets.numel()}")
+        return (offsets.numel() - 1) // features
+
+    def _ends(self, offsets: Tensor, size: int, lookups: int) -> list[int]:
+        """Where each feature's lookups end."""
+        features = len(self.feature_table)
+        if size == 0:
+            if lookups:
+                raise InputError(f"offsets describe an empty batch, but there are {lookups} indices")
+            return [0] * features
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last != lookups or bool((offsets[1:] < offsets[:-1]).any()):
+            raise InputError(
+                f"offsets must rise from 0 to the {lookups} indices, got {first} to {last}"
+                + ("" if first != 0 or last != lookups else ", falling in between")
+            )
+        ends: list[int] = offsets[size::size].tolist()
+        return ends
+
+    def _runs(self, ends: list[int]) -> list[Run]:
+        runs: list[Run] = []
+        start = 0
+        for table, stop in zip(self.feature_table, ends, strict=True):
+            if runs and runs[-1].table == table:
+                runs[-1] = Run(table, runs[-1].start, stop)
+            elif stop > start:
+                runs.append(Run(table, start, stop))
+            start = stop
+        return runs
+
+    def _place_runs(self, ids: Tensor, runs: list[Run]) -> Batch:
+        positions = torch.empty_like(ids)
+        for run in runs:
+            part, rows = ids[run.start : run.stop], self.rows[run.table]
+            low, high = torch.aminmax(part)
+            if int(low) < 0 or int(high) >= rows:
+                self._out_of_bounds(run.table, int(low) if int(low) < 0 else int(high))
+                part = torch.where((part < 0) | (part >= rows), 0, part)
+            torch.add(part, self._bases[run.table], out=positions[run.start : run.stop])
+        return Batch(positions=positions, runs=runs)
+
+    def _place_on_device(self, ids: Tensor, offsets: Tensor, size: int) -> Batch:
+        """The same with one wait for the device: everything to be judged comes back in one small copy."""
+        lookups, features = ids.numel(), len(self.feature_table)
+        if size == 0 or lookups == 0:
+            return Batch(positions=ids, runs=self._runs(self._ends(offsets, size, lookups)))
+        ends = offsets[size::size].contiguous()
+        # bucketize stays inside the features whatever the offsets hold; repeat_interleave would write out of bounds.
+        each = torch.arange(lookups, dtype=torch.int64, device=self.device)
+        feature = torch.bucketize(each, ends, right=True).clamp_(max=features - 1)
+        outside = (ids < 0) | (ids >= self._feature_rows[feature])
+        positions = torch.where(outside, 0, ids) + self._feature_bases[feature]
+        wrong = (offsets[0] != 0) | (offsets[-1] != lookups) | (offsets[1:] < offsets[:-1]).any()
+        report = torch.cat([ends, torch.stack([wrong, outside.any()]).to(ends.dtype)]).tolist()
+        if report[-2]:
+            self._ends(offsets, size, lookups)
+        if report[-1]:
+            bad = int(torch.nonzero(outside)[0])
+            self._out_of_bounds(self.feature_table[int(feature[bad])], int(ids[bad]))
+        return Batch(positions=positions, runs=self._runs([int(e) for e in report[:-2]]))
+
+    def _out_of_bounds(self, table: int, row_id: int) -> None:
+        said = f"table {self.names[table]!r} has rows 0 to {self.rows[table] - 1}, got id {row_id}"
+        if self.bounds is Bounds.RAISE:
+            raise RowIndexError(f"{said}; hash or clamp ids before the lookup")
+        if self.bounds is Bounds.WARN:
+            warnings.warn(f"{said}; row 0 answers for it", RuntimeWarning, stacklevel=2)
+
+
+__all__ = ["Batch", "Bounds", "Layout", "Run"]

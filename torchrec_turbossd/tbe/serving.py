@@ -1,0 +1,210 @@
+"""The quantised serving TBE: stock FBGEMM inference kernels on slots in front of a row store."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
+
+from torchrec_turbossd.errors import CacheFullError, ConfigError, InputError, UnsupportedError
+from torchrec_turbossd.store.contract import RowStore
+from torchrec_turbossd.tables import MAX_SLOTS, TableShard
+from torchrec_turbossd.tbe.layout import Batch, Bounds
+from torchrec_turbossd.tbe.serving_rows import ServingRows
+from torchrec_turbossd.tbe.slot_memory import ServingMemory
+
+OUTPUT_TYPES = {SparseType.FP32: torch.float32, SparseType.FP16: torch.float16, SparseType.BF16: torch.bfloat16}
+_PACKED = {SparseType.INT4: 2, SparseType.INT2: 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """How a serving TBE looks rows up.
+
+    output_dtype: FP32, FP16 or BF16. policy: an eviction policy by name. bounds: what an id outside its table does.
+    """
+
+    pooling_mode: PoolingMode = PoolingMode.SUM
+    output_dtype: SparseType = SparseType.FP16
+    policy: str = "clock"
+    bounds: Bounds = Bounds.RAISE
+
+
+class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
+    """Embedding bags of serving tables whose rows live in a row store; the rows in use are in slots.
+
+    Called like the stock module: `forward(indices [N], offsets [features * B + 1], per_sample_weights [N])` gives
+    [B, sum of dims], or [N, D] with `PoolingMode.NONE`, of the output type. Numbers are those of the stock module
+    holding whole tables. Lookups of several threads take turns.
+
+    Args:
+        shards: local tables, without state; of one width with `PoolingMode.NONE`.
+        slots: usable slots of each table, between 1 and its rows.
+        feature_table_map: for each feature, its table; every table needs one.
+        store: holds rows by `TableShard.key`; the caller closes it.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TableShard],
+        slots: Sequence[int],
+        feature_table_map: Sequence[int],
+        store: RowStore,
+        *,
+        device: torch.device | str = "cpu",
+        options: ServingOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = options or ServingOptions()
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        _check_tables(shards, slots)
+        _check_features([s.cols for s in shards], feature_table_map, self.options)
+        self.feature_table_map = list(feature_table_map)
+        self._specs = [(s.table.name, s.cols, s.table.data_type) for s in shards]
+        self._row_bytes = [s.row_bytes for s in shards]
+        self.tbe = self._stock(slots)
+        self.rows = ServingRows(
+            shards,
+            slots,
+            feature_table_map,
+            ServingMemory(self.tbe, self._row_bytes),
+            store,
+            device=self.device,
+            policy=self.options.policy,
+            bounds=self.options.bounds,
+        )
+        self._id_type = torch.int32 if self.device.type == "cuda" else torch.int64
+        self._warned = False
+        # Lets the slots' own stream wait for the zeros that were just put there.
+        with self.rows.turn():
+            pass
+
+    def _stock(self, slots: Sequence[int]) -> IntNBitTableBatchedEmbeddingBagsCodegen:
+        """A stock TBE with `slots` rows a table and the reserved row before them, all zero."""
+        where = EmbeddingLocation.DEVICE if self.device.type == "cuda" else EmbeddingLocation.HOST
+        tbe = IntNBitTableBatchedEmbeddingBagsCodegen(
+            [
+                (name, count + 1, cols, data_type, where)
+                for count, (name, cols, data_type) in zip(slots, self._specs, strict=True)
+            ],
+            feature_table_map=self.feature_table_map,
+            pooling_mode=self.options.pooling_mode,
+            output_dtype=self.options.output_dtype,
+            # Bounds are checked on row ids, before they become slots.
+            bounds_check_mode=BoundsCheckMode.NONE,
+            device=self.device,
+        )
+        tbe.initialize_weights()
+        return tbe
+
+    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Look a batch up; see the class.
+
+        Raises:
+            InputError: dtype, shape, device or offsets that do not fit; weights with `PoolingMode.NONE`.
+            RowIndexError: an id outside its table.
+        """
+        batch = self.rows.layout.place(indices, offsets)
+        weights = self._check_weights(per_sample_weights, indices)
+        offsets = offsets.to(self._id_type)
+        with self.rows.turn():
+            out = self._look_up(batch, offsets, weights)
+        if out.device.type == "cuda":
+            out.record_stream(torch.cuda.current_stream(out.device))
+        return out
+
+    def _look_up(self, batch: Batch, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        try:
+            slots = self.rows.fetch(batch, pin=False).slots
+        except CacheFullError as full:
+            self._warn_outside(full)
+            return self._run_outside(batch, offsets, weights)
+        return self._call(self.tbe, slots, offsets, weights)
+
+    def _call(
+        self,
+        tbe: IntNBitTableBatchedEmbeddingBagsCodegen,
+        slots: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+    ) -> Tensor:
+        out: Tensor = tbe(slots.to(self._id_type), offsets, weights)
+        return out
+
+    def _run_outside(self, batch: Batch, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Run a batch on a stock TBE of just its distinct rows."""
+        distinct = self.rows.take_out(batch, lend=False)
+        tbe = self._stock([max(1, each.numel()) for each in distinct.ids])
+        memory = ServingMemory(tbe, self._row_bytes)
+        for table, rows in enumerate(distinct.rows):
+            memory.write(table, torch.arange(1, rows.shape[0] + 1, device=self.device), rows)
+        return self._call(tbe, distinct.slots, offsets, weights)
+
+    def _warn_outside(self, full: CacheFullError) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        names = ", ".join(f"{name}: {n}" for (name, *_), n in zip(self._specs, self.rows.cache.slots, strict=True))
+        warnings.warn(
+            f"a batch did not fit in the slots ({full}) and was answered outside them, slower; raise the memory budget "
+            f"or the target hit rate, or send smaller batches (slots: {names}). Said once",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+
+    def _check_weights(self, weights: Tensor | None, indices: Tensor) -> Tensor | None:
+        if weights is None:
+            return None
+        if self.options.pooling_mode == PoolingMode.NONE:
+            raise InputError("per_sample_weights have no meaning without pooling; pass None")
+        if not isinstance(weights, Tensor):
+            raise InputError(f"per_sample_weights must be a tensor, got {type(weights).__name__}")
+        if weights.shape != indices.shape or not weights.is_floating_point() or weights.device != indices.device:
+            raise InputError(
+                f"per_sample_weights must be floating of shape {tuple(indices.shape)} on {indices.device}, got "
+                f"{weights.dtype} {tuple(weights.shape)} on {weights.device}"
+            )
+        return weights.to(torch.float32)
+
+
+def _check_tables(shards: Sequence[TableShard], slots: Sequence[int]) -> None:
+    if not shards:
+        raise ConfigError("a serving TBE needs at least one table, got none")
+    if len(slots) != len(shards):
+        raise ConfigError(f"{len(shards)} tables need as many slot counts, got {len(slots)}")
+    for shard, count in zip(shards, slots, strict=True):
+        name, pack = shard.table.name, _PACKED.get(shard.table.data_type, 1)
+        if shard.table.state:
+            raise ConfigError(f"table {name!r}: serving rows carry no optimizer state, got {shard.table.state}")
+        if shard.cols % pack:
+            raise ConfigError(
+                f"table {name!r}: {shard.table.data_type} packs {pack} values into a byte, so that its width must be "
+                f"a multiple of {pack}, got {shard.cols}"
+            )
+        if not 1 <= count <= min(shard.rows, MAX_SLOTS):
+            raise ConfigError(f"table {name!r}: slots must be 1 to {min(shard.rows, MAX_SLOTS)}, got {count}")
+
+
+def _check_features(cols: Sequence[int], feature_table_map: Sequence[int], options: ServingOptions) -> None:
+    if sorted(set(feature_table_map)) != list(range(len(cols))):
+        raise ConfigError(
+            f"feature_table_map must name each of the {len(cols)} tables (0 to {len(cols) - 1}) at least once, got "
+            f"{list(feature_table_map)}"
+        )
+    if options.pooling_mode == PoolingMode.NONE and len(set(cols)) > 1:
+        raise ConfigError(f"tables of one module without pooling must have one width, got {list(cols)}")
+    if options.output_dtype not in OUTPUT_TYPES:
+        raise UnsupportedError(
+            f"output type {options.output_dtype} is not supported; use one of {', '.join(t.name for t in OUTPUT_TYPES)}"
+        )
+
+
+__all__ = ["OUTPUT_TYPES", "ServingOptions", "TurboSSDIntNBitTableBatchedEmbeddingBags"]

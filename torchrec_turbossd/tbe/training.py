@@ -1,0 +1,358 @@
+"""The training TBE: stock FBGEMM forward, backward and fused optimizer on slots in front of a row store."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
+
+from torchrec_turbossd.errors import CacheFullError, ClosedError, ConfigError, InputError, UnsupportedError
+from torchrec_turbossd.store.contract import RowStore
+from torchrec_turbossd.tables import MAX_SLOTS, TRAINING_TYPES, StateSpec, TableShard
+from torchrec_turbossd.tbe.cached_rows import CachedRows, Distinct, Fetched
+from torchrec_turbossd.tbe.layout import Batch, Bounds
+from torchrec_turbossd.tbe.slot_memory import TrainingMemory
+
+ROW_STATE: dict[EmbOptimType, tuple[StateSpec, ...]] = {
+    EmbOptimType.EXACT_SGD: (),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (StateSpec(name="momentum1", per_row=True),),
+    EmbOptimType.EXACT_ADAGRAD: (StateSpec(name="momentum1", per_row=False),),
+}
+"""Optimizers whose whole state belongs to a row, and that state in FBGEMM's order."""
+
+
+def row_state(optimizer: EmbOptimType) -> tuple[StateSpec, ...]:
+    """Optimizer state that travels with a row; raises `UnsupportedError` for an optimizer not built here."""
+    if optimizer not in ROW_STATE:
+        raise UnsupportedError(
+            f"optimizer {getattr(optimizer, 'name', optimizer)} is not supported on SSD-backed tables; use one of "
+            f"{', '.join(o.name for o in ROW_STATE)}"
+        )
+    return ROW_STATE[optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a training TBE looks rows up and trains them.
+
+    tbe_args: keyword arguments of `SplitTableBatchedEmbeddingBagsCodegen` (optimizer, learning_rate, eps, ...).
+    """
+
+    pooling_mode: PoolingMode = PoolingMode.SUM
+    policy: str = "clock"
+    bounds: Bounds = Bounds.RAISE
+    tbe_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizer(self) -> EmbOptimType:
+        # FBGEMM's own default.
+        found = self.tbe_args.get("optimizer", EmbOptimType.EXACT_SGD)
+        return found if isinstance(found, EmbOptimType) else EmbOptimType(found)
+
+
+class _Run:
+    """One batch in flight, from prefetch until its backward has ended or its graph is gone."""
+
+    def __init__(self, batch: Batch, fetched: Fetched | None) -> None:
+        self.batch, self.fetched = batch, fetched
+        self.distinct: Distinct | None = None
+        self.outside: TrainingMemory | None = None
+        self.ended = False
+
+
+class _Token:
+    """Dies with the autograd graph that holds it."""
+
+    __slots__ = ("__weakref__",)
+
+
+class TurboSSDTableBatchedEmbeddingBags(nn.Module):
+    """Embedding bags of tables whose rows live in a row store; the rows in use are in slots.
+
+    Called like the stock module: `forward(indices [N], offsets [features * B + 1], per_sample_weights [N])` gives
+    [B, sum of dims], or [N, D] with `PoolingMode.NONE`. Numbers are those of the stock module holding whole tables.
+
+    Args:
+        shards: local tables; each table's `state` must be that of the optimizer (`row_state`).
+        slots: usable slots of each table, between 1 and its rows.
+        feature_table_map: for each feature, its table.
+        store: holds rows by `TableShard.key`; the caller closes it.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TableShard],
+        slots: Sequence[int],
+        feature_table_map: Sequence[int],
+        store: RowStore,
+        *,
+        device: torch.device | str = "cpu",
+        options: TrainingOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = options or TrainingOptions()
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        _check_tables(shards, slots, self.options.optimizer)
+        if list(feature_table_map) != sorted(feature_table_map):
+            # Stock CPU backward fails on a table whose features are not adjacent.
+            raise ConfigError(f"feature_table_map must be ascending, got {list(feature_table_map)}")
+        self.shards, self._feature_table_map = list(shards), list(feature_table_map)
+        self.tbe = self._stock(slots)
+        self.rows = CachedRows(
+            shards,
+            slots,
+            feature_table_map,
+            TrainingMemory(self.tbe),
+            store,
+            device=self.device,
+            policy=self.options.policy,
+            bounds=self.options.bounds,
+        )
+        self._prefetched: deque[tuple[Tensor, _Run]] = deque()
+        self._orphans: deque[_Run] = deque()
+        self._closed = False
+        self._warned = False
+
+    def _stock(self, slots: Sequence[int]) -> SplitTableBatchedEmbeddingBagsCodegen:
+        """A stock TBE with `slots` rows a table and the reserved row before them."""
+        cuda = self.device.type == "cuda"
+        where = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+        tbe = SplitTableBatchedEmbeddingBagsCodegen(
+            [(n + 1, s.cols, *where) for n, s in zip(slots, self.shards, strict=True)],
+            feature_table_map=self._feature_table_map,
+            pooling_mode=self.options.pooling_mode,
+            weights_precision=self.shards[0].table.data_type,
+            # Bounds are checked on row ids, before they become slots.
+            bounds_check_mode=BoundsCheckMode.NONE,
+            device=self.device,
+            **self.options.tbe_args,
+        )
+        for weights in tbe.split_embedding_weights():
+            weights.data[0].zero_()
+        return tbe
+
+    def prefetch(self, indices: Tensor, offsets: Tensor, forward_stream: Any = None) -> None:
+        """Bring a batch's rows into slots ahead of its `forward`, which must get the same `indices` tensor.
+
+        A batch that does not fit beside those in flight is left to its forward.
+        """
+        self._check_open()
+        batch = self.rows.layout.place(indices, offsets)
+        self._retire_orphans()
+        try:
+            fetched = self.rows.fetch(batch, pin=True)
+        except CacheFullError:
+            return
+        self._prefetched.append((indices, _Run(batch, fetched)))
+
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        feature_requires_grad: Tensor | None = None,
+        **refused: Any,
+    ) -> Tensor:
+        """Look a batch up; see the class. Rows stay in their slots until backward ends or the graph is gone."""
+        self._check_open()
+        for name, value in refused.items():
+            if value is not None:
+                raise UnsupportedError(
+                    f"{name} (variable batch size per feature) is not supported on SSD-backed tables"
+                )
+        _check_weights(per_sample_weights, indices)
+        self._retire_orphans()
+        run = self._take_prefetched(indices) or self._start(indices, offsets)
+        if run.fetched is not None:
+            out = self._call(self.tbe, run.fetched.slots, offsets, per_sample_weights, feature_requires_grad)
+        else:
+            out = self._run_outside(run, offsets, per_sample_weights, feature_requires_grad)
+        self._follow(out, run)
+        return out
+
+    def _call(
+        self,
+        tbe: SplitTableBatchedEmbeddingBagsCodegen,
+        slots: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None,
+        feature_requires_grad: Tensor | None,
+    ) -> Tensor:
+        out: Tensor = tbe(slots, offsets.to(torch.int64), per_sample_weights, feature_requires_grad)
+        return out
+
+    def _take_prefetched(self, indices: Tensor) -> _Run | None:
+        """The prefetched run of these indices; runs prefetched before it were never used and end here."""
+        for place, (held, run) in enumerate(self._prefetched):
+            # Callers re-wrap the tensor, so memory decides; `held` keeps that memory from being used again.
+            if held.data_ptr() == indices.data_ptr() and held.shape == indices.shape and held.dtype == indices.dtype:
+                for _ in range(place):
+                    self._end(self._prefetched.popleft()[1], changed=False)
+                self._prefetched.popleft()
+                return run
+        return None
+
+    def _start(self, indices: Tensor, offsets: Tensor) -> _Run:
+        batch = self.rows.layout.place(indices, offsets)
+        try:
+            return _Run(batch, self.rows.fetch(batch, pin=True))
+        except CacheFullError as full:
+            self._warn_outside(full)
+            return _Run(batch, None)
+
+    def _warn_outside(self, full: CacheFullError) -> None:
+        if not self._warned:
+            self._warned = True
+            names = ", ".join(f"{s.table.name}: {n}" for s, n in zip(self.shards, self.rows.cache.slots, strict=True))
+            warnings.warn(
+                f"a batch did not fit in the slots ({full}) and runs outside them, slower; raise the cache budget or "
+                f"lower the batch size (slots: {names})",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _run_outside(
+        self, run: _Run, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
+    ) -> Tensor:
+        """Run a batch on a TBE of just its distinct rows, in one piece: two chunks would give other numbers."""
+        lend = torch.is_grad_enabled()
+        distinct = self.rows.take_out(run.batch, lend=lend)
+        try:
+            tbe = self._stock([max(1, each.numel()) for each in distinct.ids])
+            memory = TrainingMemory(tbe)
+            for table, rows in enumerate(distinct.rows):
+                places = torch.arange(1, rows.shape[0] + 1, device=self.device)
+                memory.write(table, places, rows)
+            self._copy_progress(self.tbe, tbe)
+            out = self._call(tbe, distinct.slots, offsets, per_sample_weights, feature_requires_grad)
+        except BaseException:
+            self.rows.give_back(distinct, None)
+            raise
+        self._copy_progress(tbe, self.tbe)
+        run.distinct, run.outside = distinct, memory
+        return out
+
+    @staticmethod
+    def _copy_progress(source: nn.Module, target: nn.Module) -> None:
+        """Carry the step count and the learning rate from one stock TBE to another."""
+        for name in ("iter", "iter_cpu", "learning_rate_tensor"):
+            value = getattr(source, name, None)
+            if isinstance(value, Tensor):
+                getattr(target, name).data.copy_(value)
+        target.optimizer_args = source.optimizer_args
+
+    def _follow(self, out: Tensor, run: _Run) -> None:
+        """End the run when its backward has updated the rows, or when its graph dies without one."""
+        node = out.grad_fn
+        if node is None:
+            self._end(run, changed=False)
+            return
+        token = _Token()
+        orphaned = weakref.finalize(token, self._orphans.append, run)
+        orphaned.atexit = False
+
+        def before(grad_outputs: Any) -> None:
+            if run.ended:
+                raise CacheFullError(
+                    "backward ran a second time through an SSD-backed lookup, whose rows may have left their slots; "
+                    "run forward again instead of retaining the graph"
+                )
+
+        def after(grad_inputs: Any, grad_outputs: Any, token: _Token = token) -> None:
+            orphaned.detach()
+            self._end(run, changed=True)
+
+        # A tensor hook would fire before the fused update; this one fires after the node has run.
+        node.register_prehook(before)
+        node.register_hook(after)
+
+    def _end(self, run: _Run, *, changed: bool) -> None:
+        if run.ended:
+            return
+        run.ended = True
+        if run.fetched is not None:
+            self.rows.release(run.fetched, dirty=changed)
+        elif run.distinct is not None:
+            self.rows.give_back(run.distinct, run.outside if changed else None)
+        run.outside = None
+
+    def _retire_orphans(self) -> None:
+        # Finalisers only queue: they may run anywhere, also inside the cache's lock.
+        while self._orphans:
+            self._end(self._orphans.popleft(), changed=False)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this embedding module is closed; build a new one")
+
+    def read_rows(self, table: int, ids: Tensor) -> Tensor:
+        """Current bytes (weights, then state) of local `ids` [N]: [N, row_bytes] uint8 on the CPU."""
+        self._check_open()
+        return self.rows.read_rows(table, ids)
+
+    def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
+        """Overwrite local `ids` [N], distinct, with `rows` [N, row_bytes] uint8."""
+        self._check_open()
+        self.rows.write_rows(table, ids, rows)
+
+    def flush(self) -> None:
+        """Write rows that training changed to the store and make it durable."""
+        self._check_open()
+        self._retire_orphans()
+        self.rows.flush()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the fused optimizer."""
+        self.tbe.set_learning_rate(learning_rate)
+
+    def get_learning_rate(self) -> float:
+        return float(self.tbe.get_learning_rate())
+
+    def close(self) -> None:
+        """End every batch in flight; rows that were not flushed are lost. The store stays open."""
+        while self._prefetched:
+            self._end(self._prefetched.popleft()[1], changed=False)
+        self._closed = True
+
+
+def _check_tables(shards: Sequence[TableShard], slots: Sequence[int], optimizer: EmbOptimType) -> None:
+    if not shards:
+        raise ConfigError("a training TBE needs at least one table, got none")
+    state, types = row_state(optimizer), {s.table.data_type for s in shards}
+    if len(types) > 1 or not types <= set(TRAINING_TYPES):
+        raise ConfigError(f"tables of one TBE train in one type, FP32 or FP16, got {', '.join(map(str, types))}")
+    if len(slots) != len(shards):
+        raise ConfigError(f"{len(shards)} tables need as many slot counts, got {len(slots)}")
+    for shard, count in zip(shards, slots, strict=True):
+        if shard.table.state != state:
+            raise ConfigError(f"table {shard.table.name!r}: its state {shard.table.state} is not that of {optimizer}")
+        if not 1 <= count <= min(shard.rows, MAX_SLOTS):
+            raise ConfigError(
+                f"table {shard.table.name!r}: slots must be 1 to {min(shard.rows, MAX_SLOTS)}, got {count}"
+            )
+        if shard.cols % 4:
+            raise ConfigError(
+                f"table {shard.table.name!r}: FBGEMM trains widths that are multiples of 4, got {shard.cols}"
+            )
+
+
+def _check_weights(weights: Tensor | None, indices: Tensor) -> None:
+    if weights is not None and (weights.shape != indices.shape or not weights.is_floating_point()):
+        raise InputError(
+            f"per_sample_weights must be floating of shape {tuple(indices.shape)}, got {weights.dtype} "
+            f"{tuple(weights.shape)}"
+        )
+
+
+__all__ = ["ROW_STATE", "TrainingOptions", "TurboSSDTableBatchedEmbeddingBags", "row_state"]
