@@ -1,0 +1,24 @@
+"""Snapshots: immutable, verified directories of rows, of one model at one moment."""
+
+from __future__ import annotations
+
+from torchrec_turbossd.snapshot.convert import convert_to_serving
+from torchrec_turbossd.snapshot.manifest import MANIFEST_FILE, FileDigest, Manifest, Part, ShardRange
+from torchrec_turbossd.snapshot.verify import read_manifest, verify
+from torchrec_turbossd.snapshot.write import commit_snapshot, digest_part, new_staging, snapshot_part, staging_directory
+
+__all__ = [
+    "MANIFEST_FILE",
+    "FileDigest",
+    "Manifest",
+    "Part",
+    "ShardRange",
+    "commit_snapshot",
+    "convert_to_serving",
+    "digest_part",
+    "new_staging",
+    "read_manifest",
+    "snapshot_part",
+    "staging_directory",
+    "verify",
+]

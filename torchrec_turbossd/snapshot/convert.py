@@ -1,0 +1,146 @@
+"""A serving snapshot out of a training one: parts merged, state left out, rows in their final type."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import Tensor
+
+from torchrec_turbossd.errors import ConfigError, UnknownTableError, UnsupportedError
+from torchrec_turbossd.rows import quantise
+from torchrec_turbossd.snapshot.manifest import Manifest, Part, ShardRange
+from torchrec_turbossd.snapshot.merge import Source, check_cover, merged_weights
+from torchrec_turbossd.snapshot.verify import verify
+from torchrec_turbossd.snapshot.write import commit_snapshot, snapshot_part, staging_directory
+from torchrec_turbossd.store.checkpoint import clone_directory
+from torchrec_turbossd.store.contract import Rows, RowStore
+from torchrec_turbossd.store.rocks import RocksRowStore
+from torchrec_turbossd.tables import SERVING_TYPES, TRAINING_TYPES, TableShard, TableSpec, with_type
+
+Progress = Callable[[int, int], None]
+_PART = "part-0"
+
+
+def convert_to_serving(
+    training_path: Path | str,
+    serving_path: Path | str,
+    data_types: SparseType | Mapping[str, SparseType],
+    *,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the serving snapshot of the snapshot at `training_path` to `serving_path`.
+
+    The parts of all ranks become one row store of whole rows, without state. Only rows that were written are; the
+    tables keep their rule for the others, so that these are answered as the trained ones would be. Windows of rows
+    pass through memory, never a whole table. A serving snapshot of several parts is merged in the same way.
+
+    Args:
+        training_path: verified first, and not changed.
+        serving_path: must not exist, or be an empty directory.
+        data_types: the final type of all tables, or of each; tables that a mapping does not name are left out.
+        progress: called after each window with (row ids passed, rows of all tables).
+
+    Raises:
+        SnapshotError, FormatVersionError, CorruptError: `training_path` is not a whole snapshot, or its parts do not
+            cover a table; or `serving_path` is taken.
+        UnknownTableError: `data_types` names a table that the snapshot lacks.
+        UnsupportedError, ConfigError: a type that cannot be served, or a quantised table in another type.
+        StoreError: the file system refuses; nothing is left behind.
+    """
+    manifest = verify(training_path)
+    pairs = [(manifest.table(name), data_type) for name, data_type in _types(manifest, data_types).items()]
+    targets = [_target(table, data_type) for table, data_type in pairs]
+    for table, _ in pairs:
+        check_cover(manifest, table)
+    with staging_directory(serving_path) as staging:
+        scratch = staging / ".scratch"
+        scratch.mkdir()
+        with ExitStack() as stack:
+            sources = _open_parts(manifest, Path(training_path), scratch, stack)
+            sizes = {t.name: t.row_bytes for t in targets}
+            store = RocksRowStore(scratch / "merged", sizes, wal=False)
+            stack.callback(store.close)
+            _copy(_rows(pairs, targets, sources), store, sum(t.rows for t in targets), progress)
+            files = snapshot_part(store, staging / _PART)
+        shutil.rmtree(scratch)
+        shards = {t.name: ShardRange.of(TableShard.whole(t)) for t in targets}
+        converted = Manifest(
+            kind="serving",
+            id=uuid.uuid4().hex,
+            version=manifest.version,
+            tables=tuple(targets),
+            parts=(Part(directory=_PART, shards=shards),),
+            files=files,
+            extra=manifest.extra,
+        )
+        commit_snapshot(staging, serving_path, converted)
+    return converted
+
+
+def _types(manifest: Manifest, data_types: SparseType | Mapping[str, SparseType]) -> dict[str, SparseType]:
+    names = [t.name for t in manifest.tables]
+    if isinstance(data_types, SparseType):
+        return dict.fromkeys(names, data_types)
+    unknown = sorted(set(data_types) - set(names))
+    if unknown:
+        raise UnknownTableError(
+            f"the snapshot has no table {', '.join(map(repr, unknown))}; its tables are {', '.join(map(repr, names))}"
+        )
+    if not data_types:
+        raise ConfigError("data_types names no table; name at least one")
+    return {name: data_types[name] for name in names if name in data_types}
+
+
+def _target(table: TableSpec, data_type: SparseType) -> TableSpec:
+    if data_type not in SERVING_TYPES:
+        known = ", ".join(t.name for t in SERVING_TYPES)
+        raise UnsupportedError(f"table {table.name!r} cannot be served as {data_type}; use one of {known}")
+    if table.data_type not in TRAINING_TYPES and data_type != table.data_type:
+        raise ConfigError(f"table {table.name!r} is {table.data_type} already and cannot become {data_type}")
+    return with_type(table, data_type)
+
+
+def _open_parts(manifest: Manifest, path: Path, scratch: Path, stack: ExitStack) -> list[Source]:
+    """Every shard of every part. Parts are cloned first, because opening a store writes to its directory."""
+    sources = []
+    for part in manifest.parts:
+        clone_directory(path / part.directory, scratch / part.directory)
+        sizes = {key: manifest.table(s.table).row_bytes_of(s.cols) for key, s in part.shards.items()}
+        store = RocksRowStore(scratch / part.directory, sizes, create=False, read_only=True)
+        stack.callback(store.close)
+        sources += [Source(store=store, key=key, range=shard) for key, shard in part.shards.items()]
+    return sources
+
+
+def _rows(
+    pairs: list[tuple[TableSpec, SparseType]], targets: list[TableSpec], sources: list[Source]
+) -> Iterator[tuple[int, str, Rows]]:
+    """(row ids passed, table, rows) of all tables in turn."""
+    before = 0
+    for (table, data_type), target in zip(pairs, targets, strict=True):
+        for ids, weights in merged_weights(table, [s for s in sources if s.range.table == table.name]):
+            yield before + int(ids[-1]) + 1, target.name, (ids, _final(table, weights, data_type))
+        before += table.rows
+        yield before, target.name, (torch.empty(0, dtype=torch.int64), torch.empty(0, target.row_bytes).byte())
+
+
+def _final(table: TableSpec, weights: Tensor, data_type: SparseType) -> Tensor:
+    if data_type == table.data_type:
+        return weights.contiguous()
+    return quantise(weights.contiguous().view(TRAINING_TYPES[table.data_type]), data_type)
+
+
+def _copy(windows: Iterator[tuple[int, str, Rows]], store: RowStore, total: int, progress: Progress | None) -> None:
+    for passed, name, rows in windows:
+        store.write({name: rows})
+        if progress is not None:
+            progress(passed, total)
+
+
+__all__ = ["Progress", "convert_to_serving"]
