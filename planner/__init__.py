@@ -1,0 +1,22 @@
+"""TorchRec planning for tables on SSD: kernel name, estimators, proposer, cache budget."""
+
+from __future__ import annotations
+
+from torchrec_turbossd.planner.access import ProfileStatistics
+from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, slots_of
+from torchrec_turbossd.planner.planner import TurboSSDPlanner, turbo_ssd_planner
+from torchrec_turbossd.planner.report import PlanRow, describe_plan, format_plan
+from torchrec_turbossd.sizing.memory import shard_fast_bytes
+
+__all__ = [
+    "TURBO_SSD",
+    "PlanRow",
+    "ProfileStatistics",
+    "TurboCacheParams",
+    "TurboSSDPlanner",
+    "describe_plan",
+    "format_plan",
+    "shard_fast_bytes",
+    "slots_of",
+    "turbo_ssd_planner",
+]

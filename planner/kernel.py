@@ -1,0 +1,98 @@
+"""The kernel name of tables on SSD, and what travels in a plan beside it: slots of each shard.
+
+The name is TorchRec's own extension point, so that nothing of TorchRec is patched and its plans stay valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import CacheParams, ParameterSharding
+
+from torchrec_turbossd.errors import ConfigError, UnsupportedError
+
+TURBO_SSD: str = EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value
+"""Name for `ParameterConstraints(compute_kernels=[...])` and `ParameterSharding.compute_kernel`."""
+
+PLAN_VERSION = 1
+HBM_DEVICES = ("cuda", "mtia")
+
+
+@dataclass
+class TurboCacheParams(CacheParams):
+    """TorchRec's cache parameters of one table, with sizes for each of its shards.
+
+    `slots`, `row_bytes` and `hit_rates` are parallel to `sharding_spec.shards`. Pickles, deep-copies and compares by
+    value; the hash is kept until a field changes, and never pickled, since another process hashes otherwise.
+
+    Attributes:
+        slots: usable slots of each shard, at most its rows (slot 0 comes on top).
+        row_bytes: weights and optimizer state of one row of each shard; may be left out.
+        hit_rates: predicted share of lookups whose row is in a slot, per lookup, of each shard; may be left out.
+        fixed: the user's `load_factor` set the slots, so that no leftover memory is added.
+        version: layout of these fields.
+
+    Raises:
+        ConfigError: tuples that are given differ in length.
+    """
+
+    slots: tuple[int, ...] = ()
+    row_bytes: tuple[int, ...] = ()
+    hit_rates: tuple[float, ...] = ()
+    fixed: bool = False
+    version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        for name, values in (("row_bytes", self.row_bytes), ("hit_rates", self.hit_rates)):
+            if values and len(values) != len(self.slots):
+                raise ConfigError(
+                    f"{name} needs one entry for each shard as slots has, got {len(values)} and {len(self.slots)}"
+                )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_hash", None)
+        super().__setattr__(name, value)
+
+    def __hash__(self) -> int:
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            ours = (self.slots, self.row_bytes, self.hit_rates, self.fixed, self.version)
+            known = self.__dict__["_hash"] = hash((CacheParams.__hash__(self), ours))
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    def stable_fingerprint(self) -> tuple[object, ...]:
+        """What TorchRec 1.9.2 and later keys its plan cache by."""
+        # Earlier versions have no such method to extend.
+        stock = getattr(super(), "stable_fingerprint", None)
+        base = stock() if stock else ("cache_params", 0, str(self.algorithm), self.load_factor)
+        return (*base, "turbo_ssd", self.version, self.slots, self.row_bytes, self.hit_rates, self.fixed)
+
+
+def slots_of(sharding: ParameterSharding) -> tuple[int, ...] | None:
+    """Slots of each shard of a planned table, parallel to its shards; None where the plan carries none.
+
+    Raises:
+        UnsupportedError: a newer release made the plan.
+    """
+    params = sharding.cache_params
+    if not isinstance(params, TurboCacheParams) or not params.slots:
+        return None
+    if params.version > PLAN_VERSION:
+        raise UnsupportedError(
+            f"the plan has layout version {params.version}, this release reads up to {PLAN_VERSION}: upgrade, or plan "
+            "again"
+        )
+    return params.slots
+
+
+def fast_memory(compute_device: str) -> str:
+    """Which field of TorchRec's `Storage` holds the slots: "hbm" on an accelerator, "ddr" on a CPU machine."""
+    return "hbm" if compute_device in HBM_DEVICES else "ddr"
+
+
+__all__ = ["PLAN_VERSION", "TURBO_SSD", "TurboCacheParams", "fast_memory", "slots_of"]

@@ -1,0 +1,15 @@
+"""TorchRec sharders whose tables may live on SSD."""
+
+from torchrec_turbossd.sharding.checkpoint import save_snapshot
+from torchrec_turbossd.sharding.embeddingbag import (
+    TurboSSDEmbeddingBagCollectionSharder,
+    TurboSSDShardedEmbeddingBagCollection,
+)
+from torchrec_turbossd.sharding.sharders import get_turbo_ssd_sharders
+
+__all__ = [
+    "TurboSSDEmbeddingBagCollectionSharder",
+    "TurboSSDShardedEmbeddingBagCollection",
+    "get_turbo_ssd_sharders",
+    "save_snapshot",
+]

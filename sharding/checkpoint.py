@@ -1,0 +1,220 @@
+"""Snapshots of a whole sharded model: every rank writes its part, one manifest makes them true."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from torchrec_turbossd.errors import ConfigError, SnapshotError, UnsupportedError
+from torchrec_turbossd.sharding.embeddingbag import TurboSSDShardedEmbeddingBagCollection
+from torchrec_turbossd.sharding.local_tables import LocalTable, in_windows
+from torchrec_turbossd.snapshot import (
+    FileDigest,
+    Manifest,
+    Part,
+    ShardRange,
+    commit_snapshot,
+    convert_to_serving,
+    new_staging,
+    snapshot_part,
+)
+from torchrec_turbossd.store.contract import RowStore
+from torchrec_turbossd.store.rocks import RocksRowStore
+from torchrec_turbossd.tables import TableSpec
+
+_WINDOW_ROWS = 65536
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class _RankPart:
+    """What one rank has written."""
+
+    parts: list[Part] = field(default_factory=list)
+    files: dict[str, FileDigest] = field(default_factory=dict)
+    tables: dict[str, TableSpec] = field(default_factory=dict)
+
+
+def save_snapshot(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    kind: str = "training",
+    *,
+    data_types: SparseType | Mapping[str, SparseType] | None = None,
+    version: int = 0,
+    extra: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write every sharded table of `model` to a snapshot. Collective: all ranks call it, between steps.
+
+    Tables on SSD are hard-linked; resident tables of the same modules are written out, so that a server finds them
+    all. Data-parallel tables and dense layers are the caller's to save.
+
+    Args:
+        path: must not exist, or be an empty directory, on a file system that all ranks share.
+        kind: "training" (weights and optimizer state) or "serving" (weights in `data_types`, without state).
+        data_types: serving only: the type of all tables, or of each; tables that a mapping leaves out are left out.
+        version: a number that rises from one snapshot of the model to the next.
+        extra: anything JSON holds, for the reader (the step, the id of the dense part's checkpoint, ...).
+
+    Returns:
+        The manifest, the same on every rank.
+
+    Raises:
+        ConfigError: a kind or `data_types` that makes no sense. SnapshotError: `path` is taken, or another rank
+            failed. UnsupportedError: two modules have a table of the same name. StoreError: the file system refuses.
+            On any of them nothing is left at `path`.
+    """
+    _check_arguments(kind, data_types)
+    modules = sharded_modules(model)
+    group = modules[0][1]._env.process_group
+    final = Path(path).absolute()
+    target = final if kind == "training" else final.with_name(f".{final.name}.{os.getpid()}.training")
+    target = Path(_together(group, lambda: str(target), only=0))
+    staging = Path(_together(group, lambda: str(_new_staging(final, target)), only=0))
+    try:
+        parts = _everywhere(group, lambda: _write_parts(modules, staging, dist.get_rank(group)))
+        manifest = _together(group, lambda: _commit(staging, target, parts, version, _extra(modules, extra)), only=0)
+        if kind == "serving":
+            types = data_types if data_types is not None else SparseType.FP32
+            manifest = _together(group, lambda: convert_to_serving(target, final, types), only=0)
+    finally:
+        if dist.get_rank(group) == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            if kind == "serving":
+                shutil.rmtree(target, ignore_errors=True)
+    return manifest
+
+
+def _check_arguments(kind: str, data_types: SparseType | Mapping[str, SparseType] | None) -> None:
+    if kind not in ("training", "serving"):
+        raise ConfigError(f"kind must be 'training' or 'serving', got {kind!r}")
+    if (kind == "serving") != (data_types is not None):
+        raise ConfigError(f"data_types goes with kind='serving', and only with it; got kind={kind!r}, {data_types!r}")
+
+
+def _new_staging(final: Path, target: Path) -> Path:
+    if target != final and final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise SnapshotError(f"{final} is taken; a snapshot needs a path of its own")
+    return new_staging(target)
+
+
+def sharded_modules(model: nn.Module) -> list[tuple[str, TurboSSDShardedEmbeddingBagCollection]]:
+    """The modules of `model` that this package sharded, by name; raises `ConfigError` when there is none."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, TurboSSDShardedEmbeddingBagCollection)
+    ]
+    if not found:
+        raise ConfigError("the model has no module sharded by TurboSSDEmbeddingBagCollectionSharder; nothing to save")
+    return found
+
+
+def _extra(
+    modules: list[tuple[str, TurboSSDShardedEmbeddingBagCollection]], extra: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    rates = {
+        f"{name}/{place}": kernel.emb_module.get_learning_rate()
+        for name, module in modules
+        for place, kernel in enumerate(module._kernels())
+    }
+    return {"learning_rates": rates, **(extra or {})}
+
+
+def _write_parts(
+    modules: list[tuple[str, TurboSSDShardedEmbeddingBagCollection]], staging: Path, rank: int
+) -> _RankPart:
+    written = _RankPart()
+    for number, (_, module) in enumerate(modules):
+        module.flush()
+        local = module._local()
+        for table in local:
+            _remember(written, table)
+        name = f"part-{rank}-{number}"
+        on_ssd = {t.shard.key: ShardRange.of(t.shard) for t in local if t.on_ssd}
+        for place, store in enumerate(module._stores.store.distinct if module._stores else []):
+            shards = {key: on_ssd[key] for key in store.row_bytes}
+            _write_part(written, store, staging / f"{name}-{place}", shards)
+        resident = [t for t in local if not t.on_ssd]
+        if resident:
+            _write_resident(written, resident, staging / f"{name}-resident")
+    return written
+
+
+def _remember(written: _RankPart, table: LocalTable) -> None:
+    spec = table.shard.table
+    known = written.tables.setdefault(spec.name, spec)
+    if known != spec:
+        raise UnsupportedError(f"two modules have a table {spec.name!r}; rename one, a snapshot goes by table name")
+
+
+def _write_part(written: _RankPart, store: RowStore, directory: Path, shards: Mapping[str, ShardRange]) -> None:
+    written.files.update(snapshot_part(store, directory))
+    written.parts.append(Part(directory=directory.name, shards=shards))
+
+
+def _write_resident(written: _RankPart, tables: list[LocalTable], directory: Path) -> None:
+    scratch = directory.with_name(f".{directory.name}.scratch")
+    store = RocksRowStore(scratch, {t.shard.key: t.shard.row_bytes for t in tables}, wal=False)
+    try:
+        for table in tables:
+            for ids in in_windows(table.shard.rows, _WINDOW_ROWS):
+                store.write({table.shard.key: (ids + table.shard.row_offset, table.read(ids))})
+        _write_part(written, store, directory, {t.shard.key: ShardRange.of(t.shard) for t in tables})
+    finally:
+        store.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _commit(staging: Path, target: Path, ranks: list[_RankPart], version: int, extra: Mapping[str, Any]) -> Manifest:
+    tables = {name: spec for part in ranks for name, spec in part.tables.items()}
+    manifest = Manifest(
+        kind="training",
+        id=uuid.uuid4().hex,
+        version=version,
+        tables=tuple(tables.values()),
+        parts=tuple(part for rank in ranks for part in rank.parts),
+        files={name: digest for rank in ranks for name, digest in rank.files.items()},
+        extra=extra,
+    )
+    commit_snapshot(staging, target, manifest)
+    return manifest
+
+
+def _everywhere(group: ProcessGroup | None, work: Callable[[], _Result]) -> list[_Result]:
+    """Run `work` on every rank; every rank gets all results, or raises when one failed."""
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (result, repr(failure) if failure else None), group=group)
+    if failure is not None:
+        raise failure
+    failed = {rank: said for rank, (_, said) in enumerate(gathered) if said is not None}
+    if failed:
+        raise SnapshotError(
+            f"nothing was saved, because rank {next(iter(failed))} failed: {next(iter(failed.values()))}"
+        )
+    return [found for found, _ in gathered]
+
+
+def _together(group: ProcessGroup | None, work: Callable[[], _Result], *, only: int) -> _Result:
+    """Run `work` on rank `only`; every rank gets its result, or raises when it failed."""
+    mine = dist.get_rank(group) == only
+    return _everywhere(group, lambda: work() if mine else None)[only]  # type: ignore[return-value]
+
+
+__all__ = ["save_snapshot", "sharded_modules"]

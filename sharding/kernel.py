@@ -1,0 +1,209 @@
+"""The compute kernel: one group of SSD-backed tables on one rank, in the shape TorchRec's lookups expect."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
+from torch.distributed import ProcessGroup
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import data_type_to_sparse_type
+from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_turbossd.errors import ConfigError, UnsupportedError
+from torchrec_turbossd.sharding.optimizer import TurboSSDFusedOptimizer
+from torchrec_turbossd.store.contract import RowStore
+from torchrec_turbossd.tables import InitRule, TableShard, TableSpec
+from torchrec_turbossd.tbe.layout import Bounds
+from torchrec_turbossd.tbe.training import TrainingOptions, TurboSSDTableBatchedEmbeddingBags, row_state
+
+TBE_ARGUMENTS = frozenset({
+    "optimizer", "learning_rate", "eps", "weight_decay", "weight_decay_mode", "beta1", "beta2", "momentum", "eta",
+    "max_gradient", "gradient_clipping", "max_norm", "stochastic_rounding", "output_dtype",
+})  # fmt: skip
+"""`fused_params` that act row by row and reach the stock TBE as they are."""
+
+_PLACEMENT = frozenset({
+    "cache_load_factor", "cache_algorithm", "cache_precision", "cache_reserved_memory", "prefetch_pipeline",
+    "multipass_prefetch_config", "enforce_hbm", "bounds_check_mode", "embedding_table_index_type",
+    "embedding_table_offset_type",
+})  # fmt: skip
+"""`fused_params` that say where rows of other kernels are cached, or that are read elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """What the sharder decides for every SSD-backed table.
+
+    seed: of the rows never written. policy: eviction policy.
+    """
+
+    seed: int = 0
+    policy: str = "clock"
+
+
+def table_spec(config: Any, optimizer: EmbOptimType | None, seed: int) -> TableSpec:
+    """The engine's description of a table that TorchRec trains with a fused optimizer (None: FBGEMM's default)."""
+    data_type = data_type_to_sparse_type(config.data_type)
+    return TableSpec(
+        name=config.name,
+        rows=config.num_embeddings,
+        dim=config.embedding_dim,
+        data_type=data_type,
+        state=row_state(optimizer or EmbOptimType.EXACT_SGD),
+        init=InitRule(
+            seed=seed, low=config.get_weight_init_min(), high=config.get_weight_init_max(), data_type=data_type
+        ),
+    )
+
+
+def table_shard(table: ShardedEmbeddingTable, optimizer: EmbOptimType, seed: int) -> TableShard:
+    """The engine's description of a TorchRec shard."""
+    offsets = table.local_metadata.shard_offsets if table.local_metadata else [0, 0]
+    return TableShard(
+        table=table_spec(table, optimizer, seed),
+        row_offset=offsets[0],
+        rows=table.local_rows,
+        col_offset=offsets[1],
+        cols=table.local_cols,
+    )
+
+
+def group_optimizer(config: GroupedEmbeddingConfig) -> EmbOptimType:
+    """The fused optimizer of a group; FBGEMM's default when none is given."""
+    found: EmbOptimType = (config.fused_params or {}).get("optimizer", EmbOptimType.EXACT_SGD)
+    return found
+
+
+def _tbe_arguments(config: GroupedEmbeddingConfig) -> dict[str, Any]:
+    given = config.fused_params or {}
+    unknown = sorted(set(given) - TBE_ARGUMENTS - _PLACEMENT)
+    if unknown:
+        raise UnsupportedError(
+            f"fused_params {', '.join(unknown)} are not supported for SSD-backed tables "
+            f"{', '.join(t.name for t in config.embedding_tables)}; supported: {', '.join(sorted(TBE_ARGUMENTS))}"
+        )
+    return {name: value for name, value in given.items() if name in TBE_ARGUMENTS}
+
+
+def _bounds(config: GroupedEmbeddingConfig) -> Bounds:
+    mode = (config.fused_params or {}).get("bounds_check_mode")
+    if mode is None:
+        return Bounds.RAISE
+    if not isinstance(mode, BoundsCheckMode):
+        raise ConfigError(f"bounds_check_mode must be a BoundsCheckMode, got {mode!r}")
+    if mode.name.endswith("WARNING"):
+        return Bounds.WARN
+    return Bounds.IGNORE if mode.name.endswith("IGNORE") else Bounds.RAISE
+
+
+class TurboSSDEmbeddingBag(BaseBatchedEmbeddingBag[torch.Tensor], FusedOptimizerModule):
+    """Pooled lookups of a group of tables whose rows live in `store`.
+
+    Args:
+        slots: usable slots of each table of the group.
+        store: holds the rows of all tables of the group.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        group: ProcessGroup | None,
+        device: torch.device | None,
+        sharding_type: ShardingType | None,
+        *,
+        slots: Sequence[int],
+        store: RowStore,
+        options: KernelOptions,
+    ) -> None:
+        super().__init__(config, group, device, sharding_type)
+        optimizer = group_optimizer(config)
+        self._emb_module = TurboSSDTableBatchedEmbeddingBags(
+            [table_shard(table, optimizer, options.seed) for table in config.embedding_tables],
+            slots,
+            self._feature_table_map,
+            store,
+            device=device or torch.device("cpu"),
+            options=TrainingOptions(
+                pooling_mode=self._pooling,
+                policy=options.policy,
+                bounds=_bounds(config),
+                tbe_args=_tbe_arguments(config),
+            ),
+        )
+        self._optim = TurboSSDFusedOptimizer(self._emb_module, config.embedding_tables, group)
+
+    @property
+    def emb_module(self) -> Any:
+        return self._emb_module
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        return self._optim
+
+    def forward(self, features: KeyedJaggedTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Look `features` up: [B, sum of dims]."""
+        if features.variable_stride_per_key():
+            raise UnsupportedError(
+                "a batch size per feature (variable stride) is not supported on SSD-backed tables "
+                f"{', '.join(t.name for t in self._config.embedding_tables)}; give every feature the same batch size"
+            )
+        out: torch.Tensor = super().forward(features)
+        return out
+
+    def prefetch(self, features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """Bring the rows of a batch into slots ahead of its forward."""
+        self._emb_module.prefetch(features.values(), features.offsets(), forward_stream)
+
+    def flush(self) -> None:
+        self._emb_module.flush()
+
+    def purge(self) -> None:
+        """Nothing: loads write through, and leave no stale slot behind."""
+
+    def state_dict(
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Nothing of its own: the sharded module adds lazy rows."""
+        return OrderedDict() if destination is None else destination
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from ()
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ()
+
+    def named_parameters_by_table(self) -> Iterator[tuple[str, Any]]:
+        for name in dict.fromkeys(table.name for table in self._config.embedding_tables):
+            yield name, placeholder()
+
+
+def placeholder() -> nn.Parameter:
+    """What TorchRec registers for a table without local weights: an empty parameter that no optimizer steps."""
+    parameter = nn.Parameter(torch.empty(0))
+    parameter._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
+    return parameter
+
+
+__all__ = [
+    "TBE_ARGUMENTS",
+    "KernelOptions",
+    "TurboSSDEmbeddingBag",
+    "group_optimizer",
+    "placeholder",
+    "table_shard",
+    "table_spec",
+]

@@ -1,0 +1,101 @@
+"""TorchRec's grouped lookup with our kernel in the groups that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+from torchrec.distributed.embedding_kernel import BaseEmbedding
+from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_types import (
+    EmbeddingComputeKernel,
+    GroupedEmbeddingConfig,
+    ShardedEmbeddingTable,
+)
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_turbossd.errors import ConfigError
+from torchrec_turbossd.planner.kernel import slots_of
+from torchrec_turbossd.sharding.kernel import KernelOptions, TurboSSDEmbeddingBag
+from torchrec_turbossd.store.contract import RowStore
+
+
+def is_ours(config: GroupedEmbeddingConfig) -> bool:
+    """Whether a group of tables uses this package's kernel."""
+    return bool(config.compute_kernel == EmbeddingComputeKernel.CUSTOMIZED_KERNEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupContext:
+    """What the groups of a sharded module need beyond TorchRec's config.
+
+    plan: each table's sharding, which carries the slots of its shards.
+    load_factor: share of a shard's rows that get slots when the plan gives no number.
+    """
+
+    plan: Mapping[str, ParameterSharding]
+    store: RowStore
+    load_factor: float = 0.2
+    kernel: KernelOptions = field(default_factory=KernelOptions)
+
+    def slots(self, table: ShardedEmbeddingTable) -> int:
+        """Slots of one local shard: the plan's, else by load factor; at least one, at most its rows."""
+        sharding = self.plan[table.name]
+        planned = slots_of(sharding)
+        if planned is not None:
+            offsets = [list(s.shard_offsets) for s in table.global_metadata.shards_metadata]
+            if len(planned) != len(offsets):
+                raise ConfigError(
+                    f"table {table.name!r}: the plan has slots for {len(planned)} shards, but there are {len(offsets)}"
+                )
+            count = planned[offsets.index(list(table.local_metadata.shard_offsets))]
+        else:
+            cache = sharding.cache_params
+            factor = cache.load_factor if cache is not None and cache.load_factor is not None else self.load_factor
+            if not 0.0 < factor <= 1.0:
+                raise ConfigError(f"table {table.name!r}: load_factor must be in (0, 1], got {factor}")
+            count = -int(-table.local_rows * factor // 1)
+        return max(1, min(count, table.local_rows))
+
+
+class TurboSSDPooledLookup(GroupedPooledEmbeddingsLookup):
+    """Pooled lookups of a sharding type, stock groups and ours side by side."""
+
+    def __init__(self, context: LookupContext, **stock: Any) -> None:
+        # Set first: the stock constructor builds the kernels.
+        self._context = context
+        super().__init__(**stock)
+
+    def _create_embedding_kernel(
+        self,
+        config: GroupedEmbeddingConfig,
+        device: torch.device | None,
+        pg: ProcessGroup | None,
+        sharding_type: ShardingType | None,
+        env: ShardingEnv | None,
+    ) -> BaseEmbedding:
+        if not is_ours(config):
+            return super()._create_embedding_kernel(config, device, pg, sharding_type, env)
+        return TurboSSDEmbeddingBag(
+            config,
+            pg,
+            device,
+            sharding_type,
+            slots=[self._context.slots(table) for table in config.embedding_tables],
+            store=self._context.store,
+            options=self._context.kernel,
+        )
+
+    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """Prefetch stock groups as TorchRec does, and ours."""
+        super().prefetch(sparse_features, forward_stream)
+        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True):
+            if isinstance(kernel, TurboSSDEmbeddingBag):
+                kernel.prefetch(features, forward_stream)
+
+
+__all__ = ["LookupContext", "TurboSSDPooledLookup", "is_ours"]

@@ -1,0 +1,38 @@
+"""The list of sharders for a model: ours where tables may go on SSD, TorchRec's for the rest."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.sharding_plan import get_default_sharders
+from torchrec.distributed.types import ModuleSharder
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from torchrec_turbossd.sharding.embeddingbag import TurboSSDEmbeddingBagCollectionSharder
+
+
+def get_turbo_ssd_sharders(
+    ssd_directory: str | os.PathLike[str] | None = None,
+    fused_params: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[ModuleSharder[nn.Module]]:
+    """Sharders for a whole model, for the planner and for `DistributedModelParallel`.
+
+    `EmbeddingBagCollection` gets ours; `EmbeddingCollection` TorchRec's with the same `fused_params`; every other
+    module what TorchRec's defaults say.
+
+    Args:
+        ssd_directory, fused_params, options: see `TurboSSDEmbeddingBagCollectionSharder`.
+    """
+    special: dict[type[nn.Module], Any] = {
+        EmbeddingBagCollection: TurboSSDEmbeddingBagCollectionSharder(ssd_directory, fused_params, **options),
+        EmbeddingCollection: EmbeddingCollectionSharder(fused_params=dict(fused_params or {})),
+    }
+    stock = [s for s in get_default_sharders() if s.module_type not in special]
+    return [*special.values(), *stock]
+
+
+__all__ = ["get_turbo_ssd_sharders"]

@@ -1,0 +1,65 @@
+"""Runs a function on several gloo ranks, one process each."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+LIMIT_S = 240
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(rank, world, *args)` on `world` fresh processes; returns what each returned, by rank.
+
+    A rank that raises makes this raise with its traceback.
+    """
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    rendezvous = tempfile.mktemp(prefix="turbossd-ranks-")
+    processes = [
+        context.Process(target=_rank, args=(rank, world, rendezvous, function, args, results)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        for _ in processes:
+            rank, value, failure = results.get(timeout=LIMIT_S)
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{failure}")
+            found[rank] = torch.load(io.BytesIO(value), weights_only=False)
+    finally:
+        for process in processes:
+            process.join(timeout=5 if len(found) == world else 0)
+            if process.is_alive():
+                process.kill()
+    return [found[rank] for rank in range(world)]
+
+
+def _rank(rank: int, world: int, rendezvous: str, function: Any, args: Any, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="localhost", MASTER_PORT="0",
+    )  # fmt: skip
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+        # As bytes: a tensor would be shared memory that dies with its process.
+        saved = io.BytesIO()
+        torch.save(function(rank, world, *args), saved)
+        results.put((rank, saved.getvalue(), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
