@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, one process each."""
+"""Runs a function on several ranks, one process each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 LIMIT_S = 240
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
     """Call `function(rank, world, *args)` on `world` fresh processes; returns what each returned, by rank.
 
     A rank that raises makes this raise with its traceback.
@@ -26,7 +26,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     results: Any = context.Queue()
     rendezvous = tempfile.mktemp(prefix="turbossd-ranks-")
     processes = [
-        context.Process(target=_rank, args=(rank, world, rendezvous, function, args, results)) for rank in range(world)
+        context.Process(target=_rank, args=(rank, world, rendezvous, backend, function, args, results))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -45,7 +46,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     return [found[rank] for rank in range(world)]
 
 
-def _rank(rank: int, world: int, rendezvous: str, function: Any, args: Any, results: Any) -> None:
+def _rank(rank: int, world: int, rendezvous: str, backend: str, function: Any, args: Any, results: Any) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="localhost", MASTER_PORT="0",
@@ -53,7 +54,9 @@ def _rank(rank: int, world: int, rendezvous: str, function: Any, args: Any, resu
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world)
         # As bytes: a tensor would be shared memory that dies with its process.
         saved = io.BytesIO()
         torch.save(function(rank, world, *args), saved)

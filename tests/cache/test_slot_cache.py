@@ -20,17 +20,18 @@ class CacheAgainstDict(RuleBasedStateMachine):
     """What is where, what is pinned and what is dirty, kept twice."""
 
     policy = "clock"
+    device = CPU
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = SlotCache(ROWS, SLOTS, device=CPU, policy=self.policy)
+        self.cache = SlotCache(ROWS, SLOTS, device=self.device, policy=self.policy)
         self.slot_of: list[dict[int, int]] = [{}, {}]
         self.pins: dict[tuple[int, int], int] = {}
         self.dirty: set[tuple[int, int]] = set()
 
     def _at(self, table: int, ids: list[int]) -> torch.Tensor:
         base = int(self.cache.slot_bases[table])
-        return torch.tensor([self.slot_of[table][i] + base for i in ids], dtype=torch.int64)
+        return torch.tensor([self.slot_of[table][i] + base for i in ids], dtype=torch.int64, device=self.device)
 
     @rule(table=st.integers(0, 1), seed=st.integers(0, 10**6), count=st.integers(1, 10))
     def admit(self, table: int, seed: int, count: int) -> None:
@@ -42,9 +43,9 @@ class CacheAgainstDict(RuleBasedStateMachine):
         loose = sum((table, i) not in self.pins for i in held)
         if len(ids) > free + loose:
             with pytest.raises(CacheFullError):
-                self.cache.reserve(table, torch.tensor(ids))
+                self.cache.reserve(table, torch.tensor(ids, device=self.device))
             return
-        reservation = self.cache.reserve(table, torch.tensor(ids, dtype=torch.int64))
+        reservation = self.cache.reserve(table, torch.tensor(ids, dtype=torch.int64, device=self.device))
         gone = reservation.evicted_ids.tolist()
         for i, slot, dirty in zip(gone, reservation.evicted_slots.tolist(), reservation.dirty.tolist(), strict=True):
             assert (table, i) not in self.pins, "a pinned row was evicted"
@@ -79,7 +80,7 @@ class CacheAgainstDict(RuleBasedStateMachine):
     @rule(table=st.integers(0, 1), pick=st.integers(0, 100))
     def drop_or_clean(self, table: int, pick: int) -> None:
         loose = [i for i in sorted(self.slot_of[table]) if (table, i) not in self.pins][: 1 + pick % 3]
-        ids = torch.tensor(loose, dtype=torch.int64)
+        ids = torch.tensor(loose, dtype=torch.int64, device=self.device)
         if pick % 2:
             self.cache.drop(table, ids)
             for i in loose:
@@ -92,7 +93,7 @@ class CacheAgainstDict(RuleBasedStateMachine):
     def agrees(self) -> None:
         self.cache.check()
         for table, held in enumerate(self.slot_of):
-            found = self.cache.slots_of(table, torch.arange(ROWS[table])).tolist()
+            found = self.cache.slots_of(table, torch.arange(ROWS[table], device=self.device)).tolist()
             assert {i: s for i, s in enumerate(found) if s} == held
             ids, _ = self.cache.dirty(table)
             assert {(table, i) for i in ids.tolist()} == {(t, i) for t, i in self.dirty if t == table}
@@ -103,9 +104,20 @@ class LruAgainstDict(CacheAgainstDict):
     policy = "lru"
 
 
+class ClockOnCuda(CacheAgainstDict):
+    device = torch.device("cuda", 0)
+
+
+class LruOnCuda(LruAgainstDict):
+    device = torch.device("cuda", 0)
+
+
 TestClock = CacheAgainstDict.TestCase
 TestLru = LruAgainstDict.TestCase
 TestClock.settings = TestLru.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestClockOnCuda = pytest.mark.gpu(ClockOnCuda.TestCase)
+TestLruOnCuda = pytest.mark.gpu(LruOnCuda.TestCase)
+TestClockOnCuda.settings = TestLruOnCuda.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
 
 
 def test_memory_is_what_planning_counts() -> None:

@@ -75,7 +75,12 @@ def fused_params(optimizer: EmbOptimType, **more: Any) -> dict[str, Any]:
 
 
 def make_plan(
-    model: Model, sharder: ModuleSharder[Any], world: int, sharding: str, slots: dict[str, int] | None
+    model: Model,
+    sharder: ModuleSharder[Any],
+    world: int,
+    sharding: str,
+    slots: dict[str, int] | None,
+    device: str = "cpu",
 ) -> ShardingPlan:
     """`big` and `wide` sharded as said, on SSD when `slots` are given; `small` always FUSED on the last rank."""
 
@@ -102,7 +107,7 @@ def make_plan(
 
     places = {name: place(name) for name in ROWS}
     module_plan = construct_module_sharding_plan(
-        model.ebc, places, sharder=sharder, local_size=world, world_size=world, device_type="cpu"
+        model.ebc, places, sharder=sharder, local_size=world, world_size=world, device_type=device
     )
     return ShardingPlan({"ebc": module_plan})
 
@@ -114,6 +119,7 @@ def make_dmp(
     directory: Path | None,
     slots: dict[str, int] | None,
     model: Model | None = None,
+    device: str = "cpu",
 ) -> DistributedModelParallel:
     """A sharded model: on SSD under `directory` with `slots`, or all FUSED with the same initial rows."""
     model = model or Model()
@@ -123,8 +129,8 @@ def make_dmp(
         if directory is None
         else TurboSSDEmbeddingBagCollectionSharder(ssd_directory=directory, fused_params=params, seed=SEED)
     )
-    plan = make_plan(model, sharder, world, sharding, slots)
-    dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
+    plan = make_plan(model, sharder, world, sharding, slots, device)
+    dmp = DistributedModelParallel(model, device=torch.device(device), plan=plan, sharders=[sharder])
     fill_initial(dmp, on_ssd=() if slots is None else tuple(slots))
     return dmp
 
@@ -153,7 +159,7 @@ def train(dmp: DistributedModelParallel, rank: int, steps: range, *, weighted: b
     seen = []
     for step in steps:
         dense.zero_grad()
-        loss, predictions = dmp(batch(step, rank, weighted=weighted))
+        loss, predictions = dmp(batch(step, rank, weighted=weighted).to(dmp.device))
         loss.backward()
         dense.step()
         seen.append(predictions.detach())
@@ -163,7 +169,7 @@ def train(dmp: DistributedModelParallel, rank: int, steps: range, *, weighted: b
 def local_rows(state: dict[str, Any]) -> dict[str, list[tuple[tuple[int, ...], Tensor]]]:
     """The local shards of every ShardedTensor in a state dict, as plain tensors."""
     return {
-        key: [(tuple(s.metadata.shard_offsets), s.tensor.detach().clone() + 0) for s in value.local_shards()]
+        key: [(tuple(s.metadata.shard_offsets), s.tensor.detach().cpu().clone() + 0) for s in value.local_shards()]
         for key, value in state.items()
         if hasattr(value, "local_shards")
     }

@@ -36,7 +36,8 @@ def closer_of(gate: Gate, seen: list[bool]) -> threading.Thread:
 
 
 def test_calls_run_side_by_side() -> None:
-    visitors = [Visitor(gate := Gate("it"))] + [Visitor(gate)]
+    gate = Gate("it")
+    visitors = [Visitor(gate), Visitor(gate)]
     assert all(visitor.entered.wait(20) for visitor in visitors)
     for visitor in visitors:
         visitor.leave.set()

@@ -48,6 +48,8 @@ def test_a_full_disk_loses_nothing_and_can_be_freed(small_disk: Path, write_buff
         assert not bool(store.read(table, failed)[1].any())
     with pytest.raises(StoreFullError):
         store.write(batch_of(failed.tolist(), sizes=sizes))
+    # A try to write must not cost the reads that still work.
+    assert bool(store.read("a", acknowledged)[1].all())
     ballast.unlink()
     store.write(batch_of(failed.tolist(), sizes=sizes))
     store.flush()
@@ -91,11 +93,14 @@ def test_rows_of_another_width_are_damage(tmp_path: Path) -> None:
     path = made(tmp_path / "a")
     edit_format(path, row_bytes={**SIZES, "users": 8})
     store = RocksRowStore(path, {**SIZES, "users": 8})
-    with pytest.raises(CorruptError, match="8 bytes"):
+    with pytest.raises(CorruptError, match="8 bytes") as kept:
         store.read("users", torch.arange(4))
     with pytest.raises(CorruptError, match="8 bytes"):
         list(store.scan("users"))
     store.close()
+    # The frames that the error keeps must not keep the lock.
+    RocksRowStore(path, {**SIZES, "users": 8}).close()
+    assert kept.value.__traceback__ is not None
 
 
 ENDLESS_WRITER = """

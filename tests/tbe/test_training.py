@@ -1,19 +1,17 @@
-"""The training TBE against the stock one that holds whole tables."""
+"""The training TBE against the stock one that holds whole tables, on every device there is."""
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
-from torch import Tensor
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 
+from tests.tbe.pair import OPTIMIZERS, ROWS, Pair, shards_of
 from torchrec_turbossd.errors import (
     CacheFullError,
     ClosedError,
@@ -23,93 +21,14 @@ from torchrec_turbossd.errors import (
     StoreFullError,
     UnsupportedError,
 )
-from torchrec_turbossd.rows import initial_rows
-from torchrec_turbossd.store import MemoryRowStore
-from torchrec_turbossd.tables import InitRule, TableShard, TableSpec, weight_bytes
+from torchrec_turbossd.tables import weight_bytes
 from torchrec_turbossd.tbe.layout import Bounds
-from torchrec_turbossd.tbe.slot_memory import TrainingMemory
-from torchrec_turbossd.tbe.training import TrainingOptions, TurboSSDTableBatchedEmbeddingBags, row_state
-
-ROWS, DIMS, FEATURES, BATCH = (500, 300), (8, 16), (0, 0, 1), 8
-OPTIMIZERS = [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD]
+from torchrec_turbossd.tbe.training import TurboSSDTableBatchedEmbeddingBags, row_state
 
 
-def shards_of(
-    optimizer: EmbOptimType, data_type: SparseType = SparseType.FP32, dims: Sequence[int] = DIMS
-) -> list[TableShard]:
-    init = InitRule(seed=1, low=-0.1, high=0.1, data_type=data_type)
-    return [
-        TableShard.whole(
-            TableSpec(name=name, rows=rows, dim=dim, data_type=data_type, state=row_state(optimizer), init=init)
-        )
-        for name, rows, dim in zip("ab", ROWS, dims, strict=True)
-    ]
-
-
-class Pair:
-    """Ours and the stock module, with the same rows and options."""
-
-    def __init__(
-        self,
-        slots: Sequence[int],
-        optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        pooling: PoolingMode = PoolingMode.SUM,
-        data_type: SparseType = SparseType.FP32,
-        device: str = "cpu",
-        **tbe_args: Any,
-    ) -> None:
-        tbe_args = {"optimizer": optimizer, "learning_rate": 0.1, "eps": 1e-8, **tbe_args}
-        dims = (8, 8) if pooling is PoolingMode.NONE else DIMS
-        self.device = device
-        self.shards = shards_of(optimizer, data_type, dims)
-        self.store = MemoryRowStore({s.key: s.row_bytes for s in self.shards})
-        options = TrainingOptions(pooling_mode=pooling, tbe_args=tbe_args)
-        self.ours = TurboSSDTableBatchedEmbeddingBags(
-            self.shards, slots, FEATURES, self.store, device=device, options=options
-        )
-        cuda = device != "cpu"
-        where = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
-        self.stock = SplitTableBatchedEmbeddingBagsCodegen(
-            [(s.rows, s.cols, *where) for s in self.shards],
-            feature_table_map=list(FEATURES),
-            pooling_mode=pooling,
-            weights_precision=data_type,
-            device=torch.device(device),
-            **tbe_args,
-        )
-        memory = TrainingMemory(self.stock)
-        for table, shard in enumerate(self.shards):
-            ids = torch.arange(shard.rows)
-            memory.write(table, ids.to(device), initial_rows(shard, ids))
-
-    def batch(self, seed: int, size: int = BATCH, most: int = 6) -> tuple[Tensor, Tensor]:
-        """(ids, offsets) with hot and cold rows, duplicates and empty bags."""
-        generator = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(0, most, (len(FEATURES) * size,), generator=generator)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        per_feature = lengths.view(len(FEATURES), size).sum(1).tolist()
-        rows = torch.cat([torch.full((n,), ROWS[t]) for t, n in zip(FEATURES, per_feature, strict=True)])
-        ids = (torch.rand(rows.numel(), generator=generator) ** 3 * rows).long()
-        return ids.to(self.device), offsets.to(self.device)
-
-    def step(self, seed: int, *, weighted: bool = False) -> None:
-        """Forward and backward on both, which must agree."""
-        ids, offsets = self.batch(seed)
-        weights = torch.rand(ids.numel(), device=self.device) if weighted else None
-        mine, theirs = self.ours(ids, offsets, weights), self.stock(ids, offsets, weights)
-        assert torch.equal(mine, theirs), f"forward of step {seed}"
-        gradient = torch.randn(mine.shape, device=self.device)
-        mine.backward(gradient)
-        theirs.backward(gradient)
-
-    def same(self) -> None:
-        """Every row and every state is the same; every pin is gone."""
-        memory = TrainingMemory(self.stock)
-        for table, shard in enumerate(self.shards):
-            ids = torch.arange(shard.rows)
-            assert torch.equal(self.ours.read_rows(table, ids), memory.read(table, ids.to(self.device)))
-        self.ours.rows.cache.check()
-        assert self.ours.rows.cache.pinned_slots == 0
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param) + (":0" if request.param == "cuda" else "")
 
 
 @pytest.fixture(autouse=True)
@@ -121,8 +40,8 @@ def quiet() -> Any:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("slots", [(5, 5), (45, 30), (90, 60), ROWS])
-def test_trains_like_stock(optimizer: EmbOptimType, slots: tuple[int, int]) -> None:
-    pair = Pair(slots, optimizer)
+def test_trains_like_stock(device: str, optimizer: EmbOptimType, slots: tuple[int, int]) -> None:
+    pair = Pair(device, slots, optimizer)
     for seed in range(50):
         pair.step(seed)
     pair.same()
@@ -144,15 +63,15 @@ def test_trains_like_stock(optimizer: EmbOptimType, slots: tuple[int, int]) -> N
     ],
     ids=lambda o: next(iter(o)),
 )
-def test_trains_like_stock_with(options: dict[str, Any]) -> None:
-    pair = Pair((60, 40), **options)
+def test_trains_like_stock_with(device: str, options: dict[str, Any]) -> None:
+    pair = Pair(device, (60, 40), **options)
     for seed in range(20):
         pair.step(seed, weighted=options.get("pooling") is not PoolingMode.NONE)
     pair.same()
 
 
-def test_a_batch_larger_than_the_cache_is_right_and_warns_once() -> None:
-    pair = Pair((3, 3))
+def test_a_batch_larger_than_the_cache_is_right_and_warns_once(device: str) -> None:
+    pair = Pair(device, (3, 3))
     with pytest.warns(RuntimeWarning, match="raise the cache budget") as caught:
         for seed in range(5):
             pair.step(seed)
@@ -160,8 +79,8 @@ def test_a_batch_larger_than_the_cache_is_right_and_warns_once() -> None:
     pair.same()
 
 
-def test_prefetched_batches_train_the_same() -> None:
-    pair = Pair((110, 80))
+def test_prefetched_batches_train_the_same(device: str) -> None:
+    pair = Pair(device, (110, 80))
     batches = [pair.batch(seed) for seed in range(12)]
     pair.ours.prefetch(*batches[0])
     for (ids, offsets), following in zip(batches, [*batches[1:], None], strict=True):
@@ -175,8 +94,8 @@ def test_prefetched_batches_train_the_same() -> None:
     pair.same()
 
 
-def test_rows_stay_until_backward_even_when_others_need_slots() -> None:
-    pair = Pair((60, 40))
+def test_rows_stay_until_backward_even_when_others_need_slots(device: str) -> None:
+    pair = Pair(device, (60, 40))
     first, second = pair.batch(1), pair.batch(2)
     out, wanted = pair.ours(*first), pair.stock(*first)
     held = pair.ours.rows.cache.pinned_slots
@@ -187,8 +106,8 @@ def test_rows_stay_until_backward_even_when_others_need_slots() -> None:
     assert torch.equal(pair.ours(*second), pair.stock(*second))
 
 
-def test_pins_end_with_the_graph() -> None:
-    pair = Pair((60, 40))
+def test_pins_end_with_the_graph(device: str) -> None:
+    pair = Pair(device, (60, 40))
     out = pair.ours(*pair.batch(1))
     assert pair.ours.rows.cache.pinned_slots > 0
     del out
@@ -199,16 +118,16 @@ def test_pins_end_with_the_graph() -> None:
     assert not pair.ours.rows.cache.dirty(0)[0].numel()
 
 
-def test_a_second_backward_is_refused() -> None:
-    pair = Pair((60, 40))
+def test_a_second_backward_is_refused(device: str) -> None:
+    pair = Pair(device, (60, 40))
     out = pair.ours(*pair.batch(1))
     out.sum().backward(retain_graph=True)
     with pytest.raises(CacheFullError, match="run forward again"):
         out.sum().backward()
 
 
-def test_two_forwards_then_two_backwards() -> None:
-    pair = Pair((110, 80))
+def test_two_forwards_then_two_backwards(device: str) -> None:
+    pair = Pair(device, (110, 80))
     batches = [pair.batch(1), pair.batch(2)]
     for module in (pair.ours, pair.stock):
         outs = [module(*b) for b in batches]
@@ -217,11 +136,11 @@ def test_two_forwards_then_two_backwards() -> None:
     pair.same()
 
 
-def test_a_batch_outside_the_slots_never_mixes_with_one_in_flight() -> None:
-    pair = Pair((60, 40))
+def test_a_batch_outside_the_slots_never_mixes_with_one_in_flight(device: str) -> None:
+    pair = Pair(device, (60, 40))
     before = pair.ours.read_rows(0, torch.arange(ROWS[0]))
     out = pair.ours(*pair.batch(1))
-    large = torch.arange(90), torch.tensor([0, 90, 90, 90])
+    large = torch.arange(90, device=device), pair.tensor(0, 90, 90, 90)
     with pytest.raises(CacheFullError, match="backward first"):
         pair.ours(*large)
     assert torch.equal(before, pair.ours.read_rows(0, torch.arange(ROWS[0])))
@@ -233,10 +152,10 @@ def test_a_batch_outside_the_slots_never_mixes_with_one_in_flight() -> None:
     pair.ours(*pair.batch(1))
 
 
-def test_counts_are_exact() -> None:
-    pair = Pair((300, 300))
-    pair.ours(torch.tensor([1, 1, 2, 1, 7, 7]), torch.tensor([0, 3, 4, 6])).sum().backward()
-    pair.ours(torch.tensor([2, 3, 7]), torch.tensor([0, 1, 2, 3])).sum().backward()
+def test_counts_are_exact(device: str) -> None:
+    pair = Pair(device, (300, 300))
+    pair.ours(pair.tensor(1, 1, 2, 1, 7, 7), pair.tensor(0, 3, 4, 6)).sum().backward()
+    pair.ours(pair.tensor(2, 3, 7), pair.tensor(0, 1, 2, 3)).sum().backward()
     reads = pair.ours.rows.counters.read()
     assert (reads["a"].read_hit_count, reads["a"].read_miss_count) == (3, 3)
     assert (reads["b"].read_hit_count, reads["b"].read_miss_count) == (2, 1)
@@ -259,9 +178,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_batches_change_nothing(case: str) -> None:
+def test_bad_batches_change_nothing(device: str, case: str) -> None:
     ids, offsets, error, said = BAD[case]
-    pair = Pair((20, 20))
+    ids, offsets = ids if ids.is_meta else ids.to(device), offsets.to(device)
+    pair = Pair(device, (20, 20))
     with pytest.raises(error, match=said):
         pair.ours(ids, offsets)
     assert pair.ours.rows.counters.take() == (0, 0, 0)
@@ -269,27 +189,27 @@ def test_bad_batches_change_nothing(case: str) -> None:
     pair.ours.rows.cache.check()
 
 
-def test_bounds_modes_answer_with_row_zero() -> None:
-    pair = Pair((20, 20))
+def test_bounds_modes_answer_with_row_zero(device: str) -> None:
+    pair = Pair(device, (20, 20))
     pair.ours.rows.layout.bounds = Bounds.WARN
-    given = torch.tensor([700, 3])
+    given = pair.tensor(700, 3)
     with pytest.warns(RuntimeWarning, match="row 0 answers"):
-        out = pair.ours(given, torch.tensor([0, 1, 2, 2]))
-    assert torch.equal(out, pair.stock(torch.tensor([0, 3]), torch.tensor([0, 1, 2, 2])))
+        out = pair.ours(given, pair.tensor(0, 1, 2, 2))
+    assert torch.equal(out, pair.stock(pair.tensor(0, 3), pair.tensor(0, 1, 2, 2)))
     assert given.tolist() == [700, 3]
 
 
-def test_other_refusals() -> None:
-    pair = Pair((20, 20))
+def test_other_refusals(device: str) -> None:
+    pair = Pair(device, (20, 20))
     ids, offsets = pair.batch(1)
     with pytest.raises(InputError, match="per_sample_weights"):
-        pair.ours(ids, offsets, torch.ones(ids.numel() + 1))
+        pair.ours(ids, offsets, torch.ones(ids.numel() + 1, device=device))
     with pytest.raises(UnsupportedError, match="batch size"):
         pair.ours(ids, offsets, batch_size_per_feature_per_rank=[[1]])
     with pytest.raises(UnsupportedError, match="ADAM"):
         row_state(EmbOptimType.ADAM)
     with pytest.raises(ConfigError, match="slots must be 1 to 500, got 0"):
-        Pair((0, 20))
+        Pair(device, (0, 20))
     with pytest.raises(ConfigError, match="ascending"):
         TurboSSDTableBatchedEmbeddingBags(shards_of(EmbOptimType.EXACT_SGD), (9, 9), (0, 1, 0), pair.store)
     pair.ours.close()
@@ -297,8 +217,8 @@ def test_other_refusals() -> None:
         pair.ours(ids, offsets)
 
 
-def test_a_store_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair((60, 40))
+def test_a_store_that_fails_loses_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(device, (60, 40))
     for seed in range(5):
         pair.step(seed)
 
@@ -317,9 +237,9 @@ def test_a_store_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     pair.same()
 
 
-def test_writes_reach_rows_wherever_they_are() -> None:
-    pair = Pair((20, 20), EmbOptimType.EXACT_SGD)
-    pair.ours(torch.tensor([3]), torch.tensor([0, 1, 1, 1])).sum().backward()
+def test_writes_reach_rows_wherever_they_are(device: str) -> None:
+    pair = Pair(device, (20, 20), EmbOptimType.EXACT_SGD)
+    pair.ours(pair.tensor(3), pair.tensor(0, 1, 1, 1)).sum().backward()
     size = weight_bytes(8, SparseType.FP32)
     rows = torch.full((2, size), 7, dtype=torch.uint8)
     pair.ours.write_rows(0, torch.tensor([3, 400]), rows)
