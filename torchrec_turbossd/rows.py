@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 
+import fbgemm_gpu  # noqa: F401 (registers the quantising operators)
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
-from fbgemm_gpu.split_embedding_utils import quantize_embs
 from torch import Tensor
 
 from torchrec_turbossd.errors import InputError
@@ -72,8 +72,14 @@ def quantise(weights: Tensor, data_type: SparseType) -> Tensor:
     size = weight_bytes(weights.shape[1], data_type)
     if weights.shape[0] == 0:
         return torch.empty(0, size, dtype=torch.uint8)
-    body, scale_bias = quantize_embs(weights.float(), data_type)
-    # The op pads the body of odd widths; the layout does not.
+    if data_type is SparseType.INT8:
+        fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(weights.float())
+        # The op gives scale and bias in float32; the inference layout has them in float16.
+        body, scale_bias = fused[:, :-8], fused[:, -8:].contiguous().view(torch.float32).half().view(torch.uint8)
+    else:
+        fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(weights.float(), data_type.bit_rate())
+        body, scale_bias = fused[:, :-4], fused[:, -4:]
+    # The ops pad the body of odd widths; the layout does not.
     return torch.cat([scale_bias, body[:, : size - scale_bias.shape[1]]], dim=1).contiguous()
 
 

@@ -25,11 +25,12 @@ _FLUSH_ROWS = 65536
 class Fetched:
     """A batch whose rows are all in slots.
 
-    slots: [N] int64, the TBE's row ids. at: [N] int64, the same in the cache's concatenated numbering.
+    slots: [N] int64, the TBE's row ids. at: [N] int64, the same in the cache's concatenated numbering; None when the
+        batch is not pinned.
     """
 
     slots: Tensor
-    at: Tensor
+    at: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class CachedRows:
         self._slot_base_of: list[int] = self.cache.slot_bases.tolist()
 
     def fetch(self, batch: Batch, *, pin: bool) -> Fetched:
-        """Bring all rows of a batch into slots; with `pin` they stay until `release`.
+        """Bring all rows of a batch into slots; with `pin` they stay until `release`, else while `lock` is held.
 
         Raises `CacheFullError` when they do not fit; the batch can then run on `take_out`.
         """
@@ -96,8 +97,8 @@ class CachedRows:
                 self.cache.touch(run.table, found[run.start : run.stop])
             self.counters.add(batch.lookups(len(self.shards)), misses)
             slots = found.to(torch.int64)
-            at = self._concatenated(batch, slots)
-            if pin:
+            at = self._concatenated(batch, slots) if pin else None
+            if at is not None:
                 self.cache.pin(at, 1)
         return Fetched(slots=slots, at=at)
 
@@ -110,6 +111,8 @@ class CachedRows:
     def release(self, fetched: Fetched, *, dirty: bool) -> None:
         """Give up the pins of a fetched batch; `dirty` when its rows have changed."""
         with self.lock:
+            if fetched.at is None:
+                return
             if dirty:
                 self.cache.mark_dirty(fetched.at)
             self.cache.pin(fetched.at, -1)

@@ -173,7 +173,19 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                 )
         _check_weights(per_sample_weights, indices)
         self._retire_orphans()
-        run = self._take_prefetched(indices) or self._start(indices, offsets)
+        run = self._take_prefetched(indices)
+        if torch.is_grad_enabled():
+            return self._forward(
+                run or self._start(indices, offsets, pin=True), offsets, per_sample_weights, feature_requires_grad
+            )
+        # Without a backward to wait for, holding the lock is cheaper than pins.
+        with self.rows.lock:
+            run = run or self._start(indices, offsets, pin=False)
+            return self._forward(run, offsets, per_sample_weights, feature_requires_grad)
+
+    def _forward(
+        self, run: _Run, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
+    ) -> Tensor:
         if run.fetched is not None:
             out = self._call(self.tbe, run.fetched.slots, offsets, per_sample_weights, feature_requires_grad)
         else:
@@ -203,10 +215,10 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                 return run
         return None
 
-    def _start(self, indices: Tensor, offsets: Tensor) -> _Run:
+    def _start(self, indices: Tensor, offsets: Tensor, *, pin: bool) -> _Run:
         batch = self.rows.layout.place(indices, offsets)
         try:
-            return _Run(batch, self.rows.fetch(batch, pin=True))
+            return _Run(batch, self.rows.fetch(batch, pin=pin))
         except CacheFullError as full:
             self._warn_outside(full)
             return _Run(batch, None)
