@@ -5,11 +5,13 @@ from torchrec_turbossd.sharding.embeddingbag import (
     TurboSSDEmbeddingBagCollectionSharder,
     TurboSSDShardedEmbeddingBagCollection,
 )
+from torchrec_turbossd.sharding.restore import load_snapshot
 from torchrec_turbossd.sharding.sharders import get_turbo_ssd_sharders
 
 __all__ = [
     "TurboSSDEmbeddingBagCollectionSharder",
     "TurboSSDShardedEmbeddingBagCollection",
     "get_turbo_ssd_sharders",
+    "load_snapshot",
     "save_snapshot",
 ]

@@ -79,14 +79,14 @@ def save_snapshot(
     group = modules[0][1]._env.process_group
     final = Path(path).absolute()
     target = final if kind == "training" else final.with_name(f".{final.name}.{os.getpid()}.training")
-    target = Path(_together(group, lambda: str(target), only=0))
-    staging = Path(_together(group, lambda: str(_new_staging(final, target)), only=0))
+    target = Path(together(group, lambda: str(target), only=0))
+    staging = Path(together(group, lambda: str(_new_staging(final, target)), only=0))
     try:
-        parts = _everywhere(group, lambda: _write_parts(modules, staging, dist.get_rank(group)))
-        manifest = _together(group, lambda: _commit(staging, target, parts, version, _extra(modules, extra)), only=0)
+        parts = everywhere(group, lambda: _write_parts(modules, staging, dist.get_rank(group)))
+        manifest = together(group, lambda: _commit(staging, target, parts, version, _extra(modules, extra)), only=0)
         if kind == "serving":
             types = data_types if data_types is not None else SparseType.FP32
-            manifest = _together(group, lambda: convert_to_serving(target, final, types), only=0)
+            manifest = together(group, lambda: convert_to_serving(target, final, types), only=0)
     finally:
         if dist.get_rank(group) == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -191,7 +191,7 @@ def _commit(staging: Path, target: Path, ranks: list[_RankPart], version: int, e
     return manifest
 
 
-def _everywhere(group: ProcessGroup | None, work: Callable[[], _Result]) -> list[_Result]:
+def everywhere(group: ProcessGroup | None, work: Callable[[], _Result]) -> list[_Result]:
     """Run `work` on every rank; every rank gets all results, or raises when one failed."""
     result: Any = None
     failure: Exception | None = None
@@ -206,15 +206,15 @@ def _everywhere(group: ProcessGroup | None, work: Callable[[], _Result]) -> list
     failed = {rank: said for rank, (_, said) in enumerate(gathered) if said is not None}
     if failed:
         raise SnapshotError(
-            f"nothing was saved, because rank {next(iter(failed))} failed: {next(iter(failed.values()))}"
+            f"nothing was done, because rank {next(iter(failed))} failed: {next(iter(failed.values()))}"
         )
     return [found for found, _ in gathered]
 
 
-def _together(group: ProcessGroup | None, work: Callable[[], _Result], *, only: int) -> _Result:
+def together(group: ProcessGroup | None, work: Callable[[], _Result], *, only: int) -> _Result:
     """Run `work` on rank `only`; every rank gets its result, or raises when it failed."""
     mine = dist.get_rank(group) == only
-    return _everywhere(group, lambda: work() if mine else None)[only]  # type: ignore[return-value]
+    return everywhere(group, lambda: work() if mine else None)[only]  # type: ignore[return-value]
 
 
-__all__ = ["save_snapshot", "sharded_modules"]
+__all__ = ["everywhere", "save_snapshot", "sharded_modules", "together"]

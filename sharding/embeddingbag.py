@@ -196,6 +196,17 @@ class TurboSSDShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for kernel in self._kernels():
             kernel.flush()
 
+    def forget(self) -> None:
+        """Bring every SSD-backed row back to its rule, and its optimizer state to zero.
+
+        Raises `CacheFullError` when a batch is in flight.
+        """
+        self._check_open()
+        for kernel in self._kernels():
+            kernel.emb_module.forget()
+        if self._stores is not None:
+            self._stores.clear()
+
     def read_stats(self) -> dict[str, TableReads]:
         """Reads, hits and misses of this rank's shards since the start, by SSD-backed table."""
         return {

@@ -62,7 +62,18 @@ class RankStores:
         except BaseException:
             self.close()
             raise
-        self.store = RoutedStore({key: self._stores[path] for path, keys in tables.items() for key in keys})
+        self._tables = tables
+        self.store = RoutedStore(self._by_key())
+
+    def _by_key(self) -> dict[str, RowStore]:
+        return {key: self._stores[path] for path, keys in self._tables.items() for key in keys}
+
+    def clear(self) -> None:
+        """Remove every row."""
+        for path, row_bytes in self._tables.items():
+            self._stores[path].close()
+            self._stores[path] = self._open(path, row_bytes)
+        self.store.replace(self._by_key())
 
     def _directory(self, own: str | None) -> Path:
         base = own or self._options.ssd_directory

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,9 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from tests.sharding.models import DIM, ROWS, local_rows, make_dmp, train
-from torchrec_turbossd.errors import ConfigError, SnapshotError
-from torchrec_turbossd.sharding import save_snapshot
+from tests.sharding.models import DIM, ROWS, batch, local_rows, make_dmp, optimizer_rows, train
+from torchrec_turbossd.errors import CacheFullError, ConfigError, CorruptError, SnapshotError
+from torchrec_turbossd.sharding import load_snapshot, save_snapshot
 from torchrec_turbossd.snapshot import read_manifest, verify
 from torchrec_turbossd.store import RocksRowStore
 
@@ -63,3 +66,59 @@ def test_snapshots_hold_what_was_trained(tmp_path: Path, sharding: str, world: i
     assert seen > 300
     assert read_manifest(tmp_path / "serving").kind == "serving"
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")], "staging is left behind"
+
+
+def _first_run(rank: int, world: int, sharding: str, directory: Path) -> None:
+    dmp = make_dmp(world, sharding, ADAGRAD, directory / "first", SLOTS)
+    train(dmp, rank, range(10))
+    save_snapshot(dmp, directory / "saved", extra={"step": 10})
+    dmp.module.ebc.close()
+
+
+def _second_run(rank: int, world: int, sharding: str, directory: Path) -> dict[str, Any]:
+    """Weights and state after loading into a model that had trained on something else."""
+    dmp = make_dmp(world, sharding, ADAGRAD, directory / f"second-{sharding}-{world}", {"big": 150, "small": 20})
+    train(dmp, rank, range(50, 54))
+    before = local_rows(dmp.state_dict())
+    out = dmp.module.ebc(batch(1, rank)).values()
+    with pytest.raises((CacheFullError, SnapshotError), match="in flight"):
+        load_snapshot(dmp, directory / "saved")
+    del out
+    gc.collect()
+    with pytest.raises((CorruptError, SnapshotError)):
+        load_snapshot(dmp, directory / "damaged")
+    if any(
+        not torch.equal(x[1], y[1])
+        for k, v in before.items()
+        for x, y in zip(v, local_rows(dmp.state_dict())[k], strict=True)
+    ):
+        raise AssertionError("a refused load changed rows")
+    manifest = load_snapshot(dmp, directory / "saved")
+    found = {**local_rows(dmp.state_dict()), **optimizer_rows(dmp), "step": manifest.extra["step"]}
+    dmp.module.ebc.close()
+    return found
+
+
+def _assemble(by_rank: list[dict[str, Any]], suffix: str) -> Tensor:
+    parts = [part for found in by_rank for key, value in found.items() if key.endswith(suffix) for part in value]
+    return torch.cat([values for _, values in sorted(parts, key=lambda p: p[0])])
+
+
+def test_training_goes_on_under_another_plan(tmp_path: Path) -> None:
+    run_ranks(2, _first_run, "row_wise", tmp_path)
+    shutil.copytree(tmp_path / "saved", tmp_path / "damaged")
+    sst = max((tmp_path / "damaged").rglob("*.sst"), key=lambda f: f.stat().st_size)
+    sst.write_bytes(sst.read_bytes()[:-1] + b"?")
+    reference = run_ranks(2, _reference, tmp_path)
+    for world, sharding in ((1, "table_wise"), (2, "table_wise"), (1, "row_wise")):
+        found = run_ranks(world, _second_run, sharding, tmp_path)
+        assert found[0]["step"] == 10
+        for name in ROWS:
+            for suffix in (f"{name}.weight", f"{name}.momentum1"):
+                assert torch.equal(_assemble(found, suffix), _assemble(reference, suffix)), (sharding, world, suffix)
+
+
+def _reference(rank: int, world: int, directory: Path) -> dict[str, Any]:
+    dmp = make_dmp(world, "row_wise", ADAGRAD, None, None)
+    train(dmp, rank, range(10))
+    return {**local_rows(dmp.state_dict()), **optimizer_rows(dmp)}

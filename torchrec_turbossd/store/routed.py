@@ -23,6 +23,10 @@ class RoutedStore(RowStore):
         super().__init__({key: store.row_bytes[key] for key, store in stores.items()})
         self._stores = dict(stores)
 
+    def replace(self, stores: Mapping[str, RowStore]) -> None:
+        """Use other stores for the same tables from now on; the old ones are the caller's to close."""
+        self._stores = dict(stores)
+
     @property
     def distinct(self) -> list[RowStore]:
         """The stores, each once, in the order of their first table."""

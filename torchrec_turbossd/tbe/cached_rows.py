@@ -248,6 +248,20 @@ class CachedRows:
                     "batch's backward (or drop its output) first, or plan more slots"
                 )
 
+    def check_idle(self) -> None:
+        """Raise `CacheFullError` when a batch in flight holds rows."""
+        with self.lock:
+            held = self.cache.pinned_slots + sum(p.numel() for p in self._lent)
+        if held:
+            raise CacheFullError(f"a batch in flight holds {held} rows; run its backward, or drop its output, first")
+
+    def forget(self) -> None:
+        """Empty every slot; what was not written back is lost."""
+        with self.lock:
+            self.check_idle()
+            for table in range(len(self.shards)):
+                self.cache.drop(table, self.cache.resident(table)[0])
+
     def flush(self) -> None:
         """Write every dirty row to the store and make the store durable."""
         with self.lock:

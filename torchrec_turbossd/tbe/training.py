@@ -318,6 +318,17 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self._check_open()
         self.rows.write_rows(table, ids, rows)
 
+    def check_idle(self) -> None:
+        """Raise `CacheFullError` when a batch is in flight."""
+        self._check_open()
+        self._retire_orphans()
+        self.rows.check_idle()
+
+    def forget(self) -> None:
+        """Empty every slot without writing back; raises `CacheFullError` when a batch is in flight."""
+        self.check_idle()
+        self.rows.forget()
+
     def flush(self) -> None:
         """Write rows that training changed to the store and make it durable."""
         self._check_open()
