@@ -51,7 +51,8 @@ def best_gain(items: dict[str, BudgetItem], budget: int) -> float:
     return float(total[size <= budget].max())
 
 
-@pytest.mark.parametrize("case", range(40))
+# The last ones need slots traded after the greedy pass.
+@pytest.mark.parametrize("case", [*range(40), 87, 129, 147])
 def test_within_one_percent_of_trying_everything(case: int) -> None:
     rng = np.random.default_rng(case)
     items = {

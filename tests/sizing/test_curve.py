@@ -62,6 +62,13 @@ def test_rows_never_asked_for_need_no_slot() -> None:
     assert curve.slots_for(1.0) == 2 and curve.hit_rate(2) == 1
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.9, 1.3])
+def test_slots_come_back_from_their_own_hit_rate(alpha: float) -> None:
+    curve = HitRateCurve(AccessProfile.zipf(3000, alpha))
+    slots = np.arange(3001)
+    assert (curve.slots_for(curve.hit_rate(slots)) == slots).all()
+
+
 def test_arrays_give_what_numbers_give() -> None:
     curve = HitRateCurve(AccessProfile.zipf(500))
     slots, rates = np.array([[1, 5], [50, 500]]), np.array([0.0, 0.3, 0.99, 1.0])

@@ -18,6 +18,8 @@ from torchrec_turbossd.sizing.profile import Floats, Ints
 Key = TypeVar("Key", bound=Hashable)
 _POINTS = 512
 _TRADES = 32
+_MOST_TRADED = 32
+_WORTH_TRADING = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def split_budget(items: Mapping[Key, BudgetItem], budget_bytes: int) -> dict[Key
     Every item's gain is replaced by its least concave majorant, cut into steps; steps are taken by gain per byte,
     best first, the last one in part (B. Fox, "Discrete Optimization via Marginal Analysis", 1966). With concave curves,
     as those of access profiles are, what that misses of the best is less than the gain of one slot; where slots are so
-    few that this matters, single slots are then traded between items. The same input always gives the same result.
+    few that this matters, some are then traded between two items at a time. The same input gives the same result.
 
     Raises:
         BudgetError: the floors do not fit; or a budget that is negative or not a whole number of bytes.
@@ -95,10 +97,9 @@ def split_budget(items: Mapping[Key, BudgetItem], budget_bytes: int) -> dict[Key
         trade = _best_trade(wanted, np.array(slots, dtype=np.int64), left)
         if trade is None:
             break
-        giver, given, taker = trade
-        slots[giver] -= given
-        slots[taker] += 1
-        left += given * wanted[giver].bytes_per_slot - wanted[taker].bytes_per_slot
+        for number, change in trade:
+            slots[number] += change
+            left -= change * wanted[number].bytes_per_slot
     return dict(zip(items, slots, strict=True))
 
 
@@ -140,23 +141,25 @@ def _steps(number: int, item: BudgetItem) -> list[_Step]:
     ]
 
 
-def _best_trade(items: Sequence[BudgetItem], slots: Ints, left: int) -> tuple[int, int, int] | None:
-    """The item to take slots from, how many, and the item to give one slot to, that gains most; None if none gains."""
+def _best_trade(items: Sequence[BudgetItem], slots: Ints, left: int) -> list[tuple[int, int]] | None:
+    """The change of slots of two items, (item, change) each, that gains most; None where it is not worth the while."""
     prices = np.array([item.bytes_per_slot for item in items], dtype=np.int64)
     spare = slots - np.array([item.floor_slots for item in items], dtype=np.int64)
-    full = slots >= np.array([item.max_slots for item in items], dtype=np.int64)
-    now = np.array([_gain(item, slots[n]) for n, item in enumerate(items)])
-    gains = np.array([_gain(item, slots[n] + 1) for n, item in enumerate(items)]) - now
-    best: tuple[int, int, int] | None = None
-    most = 1e-9 * float(now.sum())
-    for giver, item in enumerate(items):
-        given = -(-np.maximum(prices - left, 0) // item.bytes_per_slot)
-        possible = (given <= spare[giver]) & ~full
-        possible[giver] = False
-        net = np.where(possible, gains + _gain(item, np.maximum(slots[giver] - given, 0)) - now[giver], -np.inf)
-        taker = int(net.argmax())
-        if net[taker] > most:
-            most, best = float(net[taker]), (giver, int(given[taker]), taker)
+    room = np.minimum(np.array([item.max_slots for item in items], dtype=np.int64) - slots, _MOST_TRADED)
+    steps = np.arange(_MOST_TRADED + 1)
+    now = np.array([_gain(item, count) for item, count in zip(items, slots, strict=True)])
+    lose = np.array([_gain(item, np.maximum(count - steps, 0)) for item, count in zip(items, slots, strict=True)])
+    win = np.array([_gain(item, count + steps) for item, count in zip(items, slots, strict=True)])
+    best, most = None, _WORTH_TRADING * float(now.sum())
+    for giver, price in enumerate(prices):
+        given = steps[: spare[giver] + 1]
+        taken = np.minimum((left + given[:, None] * price) // prices, room)
+        taken[:, giver] = 0
+        net = lose[giver, given][:, None] - now[giver] + np.take_along_axis(win, taken.T, axis=1).T - now
+        number, taker = np.unravel_index(int(net.argmax()), net.shape)
+        if net[number, taker] > most:
+            most = float(net[number, taker])
+            best = [(giver, -int(given[number])), (int(taker), int(taken[number, taker]))]
     return best
 
 

@@ -1,0 +1,228 @@
+"""A TorchRec planner that puts on SSD what does not fit, and sizes every cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.planners import EmbeddingShardingPlanner
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PlannerError,
+    PlannerErrorType,
+    ShardingOption,
+    Storage,
+    StorageReservation,
+    Topology,
+)
+from torchrec.distributed.sharding_plan import get_default_sharders
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+
+from torchrec_turbossd.errors import BudgetError, ConfigError
+from torchrec_turbossd.planner.access import Access
+from torchrec_turbossd.planner.budget import share_leftover
+from torchrec_turbossd.planner.demand import Demand, check_constraints
+from torchrec_turbossd.planner.kernel import fast_memory
+from torchrec_turbossd.planner.perf import TurboSSDPerfEstimator, TurboSSDPerfModel
+from torchrec_turbossd.planner.proposer import OffloadProposer, taste
+from torchrec_turbossd.planner.shortfall import explain_shortfall
+from torchrec_turbossd.planner.storage import TurboSSDStorageEstimator
+from torchrec_turbossd.sizing.profile import AccessProfile
+
+_NO_ROOM = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS, PlannerErrorType.PARTITION)
+Callback = Callable[[list[ShardingOption]], list[ShardingOption]]
+
+
+def turbo_ssd_planner(
+    topology: Topology,
+    batch_size: int,
+    constraints: dict[str, ParameterConstraints] | None = None,
+    *,
+    access: Mapping[str, AccessProfile] | None = None,
+    batches_in_flight: int = 2,
+    storage_reservation: StorageReservation | None = None,
+    **kwargs: Any,
+) -> TurboSSDPlanner:
+    """An `EmbeddingShardingPlanner` that keeps tables in fast memory (HBM; DRAM on a CPU topology) while they fit,
+    moves the ones least asked for by byte to SSD, and shares what memory is left among their caches.
+
+    Sharders must offer the `TURBO_SSD` kernel. A table's own `ParameterConstraints` are honoured: `compute_kernels`
+    and `sharding_types`, `cache_params.load_factor` (the share of its rows that get slots, then neither more nor
+    less), `cache_params.stats` (its hit rates, instead of a profile).
+
+    Args:
+        topology: capacities of each rank; `ssd_cap` above 0 is what lets tables on SSD be placed.
+        batch_size: of one rank.
+        constraints: by table name, as TorchRec's.
+        access: how often rows are asked for, by table name; default: Zipf with exponent `DEFAULT_ZIPF_ALPHA`.
+        batches_in_flight: batches whose rows must be in slots at once: 2 when the next one is prefetched, else 1.
+        storage_reservation: memory for other things than tables; default: TorchRec's.
+        kwargs: for `EmbeddingShardingPlanner`. A `proposer` comes after ours, instead of TorchRec's default ones;
+            `callbacks` come after the caches are sized.
+
+    Raises:
+        BudgetError: a capacity that is negative, or no fast memory at all; from `plan`: nothing fits.
+        ConfigError: another argument that makes no sense.
+    """
+    for what, value in (("batch_size", batch_size), ("batches_in_flight", batches_in_flight)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{what} must be a positive int, got {value!r}")
+    if "enumerator" in kwargs:
+        raise ConfigError("the planner brings its own enumerator, whose estimators know tables on SSD; pass none")
+    _check_topology(topology)
+    given = dict(constraints or {})
+    check_constraints(given)
+    demand = Demand(world_size=topology.world_size, batches_in_flight=batches_in_flight, constraints=given)
+    return TurboSSDPlanner(
+        topology,
+        batch_size,
+        given,
+        demand=demand,
+        access=Access(access),
+        storage_reservation=storage_reservation,
+        **kwargs,
+    )
+
+
+class TurboSSDPlanner(EmbeddingShardingPlanner):
+    """What `turbo_ssd_planner` returns; make it with that."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        batch_size: int,
+        constraints: dict[str, ParameterConstraints],
+        *,
+        demand: Demand,
+        access: Access,
+        **kwargs: Any,
+    ) -> None:
+        self._demand, self._access = demand, access
+        proposers = kwargs.pop("proposer", None) or [
+            GridSearchProposer(),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+        ]
+        callbacks: list[Callback] = [self._share_leftover, *(kwargs.pop("callbacks", None) or [])]
+        super().__init__(
+            topology=topology,
+            batch_size=batch_size,
+            enumerator=_Enumerator(
+                topology=topology,
+                batch_size=batch_size,
+                constraints=constraints,
+                estimator=[
+                    TurboSSDStorageEstimator(topology, constraints, demand=demand, access=access),
+                    TurboSSDPerfEstimator(topology, constraints, demand=demand),
+                ],
+            ),
+            constraints=constraints,
+            proposer=[
+                OffloadProposer(topology.compute_device, self._lookups),
+                *(proposers if isinstance(proposers, list) else [proposers]),
+            ],
+            performance_model=kwargs.pop("performance_model", None) or TurboSSDPerfModel(topology),
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
+        """A plan for `module`, on this rank alone.
+
+        Raises:
+            BudgetError: nothing fits; says what is short, by how much, and what would do.
+            ConfigError: constraints that leave a table no option, or a profile of another number of rows.
+            UnknownTableError: a profile of a table that the model lacks.
+        """
+        try:
+            plan = super().plan(module, sharders)
+        except PlannerError as error:
+            if error.error_type not in _NO_ROOM:
+                raise
+            raise BudgetError(self._explain(error)) from error
+        self._access.check_names(option.name for option in self._enumerator.last_stored_search_space or [])
+        return plan
+
+    def collective_plan(
+        self,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]] | None = None,
+        pg: dist.ProcessGroup | None = None,
+    ) -> ShardingPlan:
+        """Plan on rank 0 and broadcast; where that fails, every rank raises, and none is left waiting."""
+        group = pg if pg is not None else dist.group.WORLD
+        if group is None:
+            raise ConfigError("collective_plan needs a process group: call init_process_group() first, or use plan()")
+        outcome = invoke_on_rank_and_broadcast_result(
+            group, 0, self._outcome, module, sharders or get_default_sharders()
+        )
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _outcome(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan | Exception:
+        try:
+            return self.plan(module, sharders)
+        except Exception as error:
+            return error
+
+    def _lookups(self, option: ShardingOption) -> float:
+        # Column shards answer the same lookups.
+        return max(self._demand.lookups(option, shard) for shard in option.shards)
+
+    def _share_leftover(self, plan: list[ShardingOption]) -> list[ShardingOption]:
+        return share_leftover(
+            plan, self._available(), self._topology.compute_device, demand=self._demand, access=self._access
+        )
+
+    def _available(self) -> dict[int, Storage]:
+        topology = self._storage_reservation.last_reserved_topology or self._topology
+        return {device.rank: device.storage for device in topology.devices}
+
+    def _explain(self, error: PlannerError) -> str:
+        options = self._enumerator.last_stored_search_space
+        if not options:
+            return f"no memory is left for tables once the storage reservation is made: {error}"
+        return explain_shortfall(options, list(self._available().values()), self._topology.compute_device)
+
+
+class _Enumerator(EmbeddingEnumerator):
+    """TorchRec's, in the same order in every run: some of its versions go through sets of strings."""
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        try:
+            options = super().enumerate(module, sharders)
+        except RuntimeError as error:
+            if "No available sharding type" not in str(error):
+                raise
+            raise ConfigError(
+                f"{error} The TURBO_SSD kernel is offered by the sharders of torchrec_turbossd.sharding"
+            ) from error
+        order = {name: n for n, name in enumerate(dict.fromkeys(option.fqn for option in options))}
+        return sorted(options, key=lambda o: (order[o.fqn], *taste(o)))
+
+
+def _check_topology(topology: Topology) -> None:
+    fast = fast_memory(topology.compute_device)
+    for device in topology.devices:
+        for kind in ("hbm", "ddr", "ssd"):
+            size = getattr(device.storage, kind)
+            if not math.isfinite(size) or size < 0:
+                raise BudgetError(f"rank {device.rank}: {kind}_cap must be finite and not negative, got {size}")
+        if getattr(device.storage, fast) == 0:
+            raise BudgetError(
+                f"rank {device.rank}: {fast}_cap is 0 on a {topology.compute_device!r} topology; tables on SSD need "
+                "slots there too"
+            )
+    if not topology.ssd_mem_bw > 0:
+        raise ConfigError(f"ssd_mem_bw must be above 0 bytes a ms, got {topology.ssd_mem_bw}")
+
+
+__all__ = ["TurboSSDPlanner", "turbo_ssd_planner"]

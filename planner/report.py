@@ -1,0 +1,149 @@
+"""A plan as rows to print: which shard is where, in what tier, with how many slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torchrec.distributed.planner.utils import sharder_name
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan, ShardMetadata
+
+from torchrec_turbossd.planner.demand import row_bytes
+from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, slots_of
+from torchrec_turbossd.planner.shortfall import human
+from torchrec_turbossd.sizing.memory import shard_fast_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One shard of a table.
+
+    Attributes:
+        module: path of its module in the model.
+        table: its table.
+        rank: the rank that holds it.
+        tier: where its rows are: "SSD" (with slots in fast memory), "HBM" or "DRAM".
+        sharding_type, compute_kernel: TorchRec's names.
+        rows, cols: of the shard; None for a data-parallel table of a model that is not at hand.
+        slots: its rows of fast memory; None where all rows are in memory.
+        fast_bytes: fast memory it takes, input and output left out; None where the model is not at hand.
+        ssd_bytes: SSD it takes when every row has been written.
+        hit_rate: predicted share of lookups, repeated ones included, whose row is in fast memory.
+    """
+
+    module: str
+    table: str
+    rank: int
+    tier: str
+    sharding_type: str
+    compute_kernel: str
+    rows: int | None
+    cols: int | None
+    slots: int | None
+    fast_bytes: int | None
+    ssd_bytes: int
+    hit_rate: float | None
+
+
+def describe_plan(
+    plan: ShardingPlan, model: nn.Module | None = None, sharders: Sequence[ModuleSharder[nn.Module]] = ()
+) -> list[PlanRow]:
+    """The shards of a plan by module, table and rank.
+
+    Tables on SSD describe themselves; the bytes of tables that are all in memory need the model that was planned and
+    the sharders it was planned with.
+    """
+    rows: list[PlanRow] = []
+    for path, module_plan in plan.plan.items():
+        tensors = _tensors(model, path, sharders)
+        for table, sharding in module_plan.items():
+            tensor, fused_params = tensors.get(table, (None, None))
+            rows += _rows(path, table, sharding, tensor, fused_params)
+    return sorted(rows, key=lambda row: (row.module, row.table, row.rank))
+
+
+def format_plan(rows: Iterable[PlanRow]) -> str:
+    """The rows as a text table."""
+    head = ("table", "rank", "tier", "sharding", "rows x cols", "slots", "fast memory", "SSD", "hit rate")
+    cells = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    return (
+        f"{row.module}.{row.table}" if row.module else row.table,
+        str(row.rank),
+        row.tier,
+        row.sharding_type,
+        "-" if row.rows is None else f"{row.rows:,} x {row.cols}",
+        "all" if row.slots is None else f"{row.slots:,}",
+        "-" if row.fast_bytes is None else human(row.fast_bytes),
+        human(row.ssd_bytes) if row.ssd_bytes else "-",
+        "-" if row.hit_rate is None else f"{row.hit_rate:.1%}",
+    )
+
+
+def _rows(
+    path: str, table: str, sharding: ParameterSharding, tensor: Tensor | None, fused_params: Mapping[str, Any] | None
+) -> Iterator[PlanRow]:
+    slots = slots_of(sharding) if sharding.compute_kernel == TURBO_SSD else None
+    for number, (rank, shape, device) in enumerate(_shards(sharding, tensor)):
+        fast, ssd, rate = None, 0, 1.0 if sharding.compute_kernel != TURBO_SSD else None
+        params = sharding.cache_params
+        if slots is not None and isinstance(params, TurboCacheParams) and shape is not None:
+            if params.row_bytes:
+                size = params.row_bytes[number]
+                fast, ssd = shard_fast_bytes(slots[number], shape[0], size), shape[0] * size
+            rate = params.hit_rates[number] if params.hit_rates else None
+        elif tensor is not None and shape is not None:
+            fast = shape[0] * row_bytes(tensor, shape[1], fused_params)
+        yield PlanRow(
+            module=path,
+            table=table,
+            rank=rank,
+            tier="SSD" if sharding.compute_kernel == TURBO_SSD else ("HBM" if device == "cuda" else "DRAM"),
+            sharding_type=sharding.sharding_type,
+            compute_kernel=sharding.compute_kernel,
+            rows=shape[0] if shape else None,
+            cols=shape[1] if shape else None,
+            slots=slots[number] if slots is not None else None,
+            fast_bytes=fast,
+            ssd_bytes=ssd,
+            hit_rate=rate,
+        )
+
+
+def _shards(sharding: ParameterSharding, tensor: Tensor | None) -> Iterator[tuple[int, tuple[int, int] | None, str]]:
+    """Rank, (rows, cols) and device type of each shard."""
+    ranks = sharding.ranks or []
+    if sharding.sharding_spec is None:
+        shape = (int(tensor.shape[0]), int(tensor.shape[1])) if tensor is not None else None
+        yield from ((rank, shape, "") for rank in ranks)
+        return
+    shards: list[ShardMetadata] = sharding.sharding_spec.shards
+    for rank, shard in zip(ranks, shards, strict=True):
+        placement = shard.placement
+        device = placement.device().type if placement is not None else ""
+        yield rank, (int(shard.shard_sizes[0]), int(shard.shard_sizes[1])), device
+
+
+def _tensors(
+    model: nn.Module | None, path: str, sharders: Sequence[ModuleSharder[nn.Module]]
+) -> dict[str, tuple[Tensor, Mapping[str, Any] | None]]:
+    """Parameters of the module at `path` by table, with their sharder's options."""
+    if model is None:
+        return {}
+    module = model.get_submodule(path)
+    for sharder in sharders:
+        if sharder_name(sharder.module_type) == sharder_name(type(module)):
+            found = sharder.shardable_parameters(module)
+            return {table: (tensor, getattr(sharder, "fused_params", None)) for table, tensor in found.items()}
+    return {}
+
+
+__all__ = ["PlanRow", "describe_plan", "format_plan"]
