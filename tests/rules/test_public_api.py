@@ -10,7 +10,14 @@ import pytest
 import torchrec_turbossd
 from tests.rules.tree import package_modules, packages
 
-TOP_LEVEL = ["__version__"]
+TOP_LEVEL = [
+    "AccessProfile",
+    "BudgetItem",
+    "HitRateCurve",
+    "TurboSSDInferenceModule",
+    "__version__",
+    "split_budget",
+]
 """What `import torchrec_turbossd` offers. Names are added here on purpose, and removed in a major release only."""
 
 
