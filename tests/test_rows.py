@@ -100,6 +100,7 @@ def test_rows_from_a_caller() -> None:
         (rows[0], "2-D"),
         (torch.randn(3, 9), "8 wide, got 9"),
         (torch.full((1, 8), float("inf")), "finite"),
+        (torch.full((1, 8), 1e6), "too large numbers"),
         (padded, "12 bytes wide, got 16"),
         (rows.to(torch.int32), "uint8"),
     ):

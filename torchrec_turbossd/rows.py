@@ -99,6 +99,13 @@ def initial_rows(shard: TableShard, row_ids: Tensor) -> Tensor:
     return out
 
 
+def _floats_in(rows: Tensor, data_type: SparseType) -> Tensor:
+    """The floating numbers of row bytes: all of them, or scale and bias."""
+    if data_type in TRAINING_TYPES:
+        return rows.view(TRAINING_TYPES[data_type])
+    return rows[:, :4].contiguous().view(torch.float16)
+
+
 def as_row_bytes(table: TableSpec, weights: Tensor, widths: tuple[int, ...] = ()) -> Tensor:
     """Rows given by a caller to [N, row weights bytes] uint8: float [N, dim] are quantised, uint8 are cut to width.
 
@@ -116,9 +123,13 @@ def as_row_bytes(table: TableSpec, weights: Tensor, widths: tuple[int, ...] = ()
     if weights.is_floating_point():
         if weights.shape[1] != table.dim:
             raise InputError(f"table {table.name!r}: float rows must be {table.dim} wide, got {weights.shape[1]}")
-        if not bool(torch.isfinite(weights).all()):
-            raise InputError(f"table {table.name!r}: rows must be finite, got NaN or infinity")
-        return quantise(weights, table.data_type)
+        rows = quantise(weights, table.data_type)
+        # Finite numbers too may lie beyond float16, in which FP16 rows and every quantised scale and bias are.
+        if not bool(torch.isfinite(weights).all()) or not bool(torch.isfinite(_floats_in(rows, table.data_type)).all()):
+            raise InputError(
+                f"table {table.name!r}: rows must be finite in {table.data_type}, got NaN, infinity or too large numbers"
+            )
+        return rows
     if weights.dtype != torch.uint8:
         raise InputError(f"table {table.name!r}: weights must be floating rows or uint8 row bytes, got {weights.dtype}")
     accepted = (size, *widths)

@@ -11,7 +11,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
-from tests.snapshot.snapshot_kit import ShardRows, row_file, write_snapshot
+from tests.snapshot.snapshot_kit import ShardRows, one_table_snapshot, row_file, write_snapshot
 from torchrec_turbossd.errors import ConfigError, CorruptError, SnapshotError, UnknownTableError, UnsupportedError
 from torchrec_turbossd.rows import initial_rows, initial_weights, quantise
 from torchrec_turbossd.snapshot import convert_to_serving, verify
@@ -149,6 +149,13 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CorruptError):
         convert_to_serving(trained, tmp_path / "again", SparseType.INT8)
     assert sorted(tmp_path.iterdir()) == sorted([*before, target])
+
+
+def test_widths_that_fbgemm_cannot_quantise(tmp_path: Path) -> None:
+    narrow = TableSpec(name="a", rows=5, dim=4)
+    one_table_snapshot(tmp_path / "trained", narrow, (torch.arange(0), torch.empty(0, 16, dtype=torch.uint8)))
+    with pytest.raises(ConfigError, match="multiple of 8, got 4"):
+        convert_to_serving(tmp_path / "trained", tmp_path / "serving", SparseType.INT2)
 
 
 @pytest.mark.parametrize(("rank", "place"), [(0, 0), (0, 1), (1, 2), (0, 4)])

@@ -246,3 +246,13 @@ def test_writes_reach_rows_wherever_they_are(device: str) -> None:
     assert torch.equal(pair.ours.read_rows(0, torch.tensor([400, 3])), rows)
     pair.ours.flush()
     assert torch.equal(pair.store.read("a", torch.tensor([3, 400]))[0], rows)
+
+
+def test_counts_are_exact_when_one_table_of_a_batch_does_not_fit(device: str) -> None:
+    pair = Pair(device, (50, 4))
+    ids = torch.cat([torch.arange(5), torch.arange(9)]).to(device)
+    pair.ours(ids, pair.tensor(0, 5, 5, 14)).sum().backward()
+    reads = pair.ours.rows.counters.read()
+    assert (reads["a"].read_hit_count, reads["a"].read_miss_count) == (0, 5)
+    assert (reads["b"].read_hit_count, reads["b"].read_miss_count) == (0, 9)
+    assert not pair.ours.rows.cache.resident(0)[0].numel(), "no table may admit rows of a batch that runs outside"

@@ -25,6 +25,8 @@ from torchrec_turbossd.tables import SERVING_TYPES, TRAINING_TYPES, TableShard, 
 
 Progress = Callable[[int, int], None]
 _PART = "part-0"
+_WIDTHS = {SparseType.INT4: 4, SparseType.INT2: 8}
+"""FBGEMM quantises these types two bytes at a time."""
 
 
 def convert_to_serving(
@@ -103,6 +105,11 @@ def _target(table: TableSpec, data_type: SparseType) -> TableSpec:
         raise UnsupportedError(f"table {table.name!r} cannot be served as {data_type}; use one of {known}")
     if table.data_type not in TRAINING_TYPES and data_type != table.data_type:
         raise ConfigError(f"table {table.name!r} is {table.data_type} already and cannot become {data_type}")
+    if table.dim % _WIDTHS.get(data_type, 1):
+        raise ConfigError(
+            f"table {table.name!r}: {data_type.name} rows have a width that is a multiple of {_WIDTHS[data_type]}, got "
+            f"{table.dim}"
+        )
     return with_type(table, data_type)
 
 

@@ -128,9 +128,11 @@ class CachedRows:
                 if ids.numel() > self.cache.slots[table]:
                     raise CacheFullError(f"{ids.numel()} rows do not fit in {self.cache.slots[table]} slots")
             loaded = [self._load(table, ids) for table, ids in enumerate(absent)]
-            for table, ids in enumerate(absent):
-                if ids.numel():
-                    self._exchange(self.cache.reserve(table, ids), loaded[table])
+            # All tables have room before the first of them changes.
+            chosen = [self.cache.reserve(table, ids) for table, ids in enumerate(absent)]
+            for reservation, rows in zip(chosen, loaded, strict=True):
+                if rows.shape[0]:
+                    self._exchange(reservation, rows)
         finally:
             self.cache.pin(here, -1)
         return [ids.numel() for ids in absent]
@@ -156,13 +158,8 @@ class CachedRows:
         return {shard.key: (ids.cpu() + shard.row_offset, rows)}
 
     def _load(self, table: int, ids: Tensor) -> Tensor:
-        """Bytes of absent rows: the store's, or the rule's where none was ever written."""
-        shard = self.shards[table]
-        row_ids = ids.cpu() + shard.row_offset
-        rows, found = self.store.read(shard.key, row_ids)
-        if not bool(found.all()):
-            rows[~found] = initial_rows(shard, row_ids[~found])
-        return rows
+        """Bytes of absent rows."""
+        return stored_rows(self.store, self.shards[table], ids.cpu())
 
     def read_rows(self, table: int, ids: Tensor) -> Tensor:
         """Current bytes of local `ids` [N] of a table, wherever they are: [N, row_bytes] uint8 on the CPU."""
@@ -276,4 +273,13 @@ class CachedRows:
         return held + self.cache.nbytes
 
 
-__all__ = ["CachedRows", "Distinct", "Fetched"]
+def stored_rows(store: RowStore, shard: TableShard, ids: Tensor) -> Tensor:
+    """Rows of local `ids` [N] int64 of a shard: the store's, or the rule's where none was ever written."""
+    row_ids = ids + shard.row_offset
+    rows, found = store.read(shard.key, row_ids)
+    if not bool(found.all()):
+        rows[~found] = initial_rows(shard, row_ids[~found])
+    return rows
+
+
+__all__ = ["CachedRows", "Distinct", "Fetched", "stored_rows"]

@@ -20,7 +20,8 @@ from torchrec_turbossd.tbe.serving_rows import ServingRows
 from torchrec_turbossd.tbe.slot_memory import ServingMemory
 
 OUTPUT_TYPES = {SparseType.FP32: torch.float32, SparseType.FP16: torch.float16, SparseType.BF16: torch.bfloat16}
-_PACKED = {SparseType.INT4: 2, SparseType.INT2: 4}
+_WIDTHS = {SparseType.INT4: 4, SparseType.INT2: 8}
+"""FBGEMM quantises these types two bytes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +182,13 @@ def _check_tables(shards: Sequence[TableShard], slots: Sequence[int]) -> None:
     if len(slots) != len(shards):
         raise ConfigError(f"{len(shards)} tables need as many slot counts, got {len(slots)}")
     for shard, count in zip(shards, slots, strict=True):
-        name, pack = shard.table.name, _PACKED.get(shard.table.data_type, 1)
+        name, multiple = shard.table.name, _WIDTHS.get(shard.table.data_type, 1)
         if shard.table.state:
             raise ConfigError(f"table {name!r}: serving rows carry no optimizer state, got {shard.table.state}")
-        if shard.cols % pack:
+        if shard.cols % multiple:
             raise ConfigError(
-                f"table {name!r}: {shard.table.data_type} packs {pack} values into a byte, so that its width must be "
-                f"a multiple of {pack}, got {shard.cols}"
+                f"table {name!r}: {shard.table.data_type.name} rows have a width that is a multiple of {multiple}, got "
+                f"{shard.cols}"
             )
         if not 1 <= count <= min(shard.rows, MAX_SLOTS):
             raise ConfigError(f"table {name!r}: slots must be 1 to {min(shard.rows, MAX_SLOTS)}, got {count}")

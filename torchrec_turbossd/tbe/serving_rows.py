@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchrec_turbossd.rows import initial_rows
+from torchrec_turbossd.errors import CacheFullError
 from torchrec_turbossd.store.contract import Rows, RowStore
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.cached_rows import CachedRows, Distinct, Fetched
@@ -60,6 +60,7 @@ class ServingRows(CachedRows):
 
     def fetch(self, batch: Batch, *, pin: bool) -> Fetched:
         with self.turn():
+            self._check_fits(batch)
             self._await_rows(batch.positions)
             return super().fetch(batch, pin=pin)
 
@@ -67,6 +68,19 @@ class ServingRows(CachedRows):
         with self.turn():
             self._await_rows(batch.positions)
             return super().take_out(batch, lend=lend)
+
+    def _check_fits(self, batch: Batch) -> None:
+        """Refuse a batch that cannot fit before any of its rows is read or moves another."""
+        for table, lookups in enumerate(batch.lookups(len(self.shards))):
+            if lookups <= self.cache.slots[table]:
+                continue
+            asked = [batch.positions[run.start : run.stop] for run in batch.runs if run.table == table]
+            distinct = torch.unique(torch.cat(asked)).numel()
+            if distinct > self.cache.slots[table]:
+                raise CacheFullError(
+                    f"table {self.shards[table].table.name!r}: {distinct} rows do not fit in "
+                    f"{self.cache.slots[table]} slots"
+                )
 
     def _await_rows(self, positions: Tensor) -> None:
         """Wait while a row that is absent from the slots is in flight."""
@@ -160,13 +174,4 @@ class ServingRows(CachedRows):
             self.memory.write(table, slots[here], rows[here.cpu()])
 
 
-def stored_rows(store: RowStore, shard: TableShard, ids: Tensor) -> Tensor:
-    """Rows of local `ids` [N] int64 of a shard: the store's, or the rule's where none was ever written."""
-    row_ids = ids + shard.row_offset
-    rows, found = store.read(shard.key, row_ids)
-    if not bool(found.all()):
-        rows[~found] = initial_rows(shard, row_ids[~found])
-    return rows
-
-
-__all__ = ["ServingRows", "stored_rows"]
+__all__ = ["ServingRows"]

@@ -1,0 +1,94 @@
+"""How many slots each table of a serving module gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import rounded_row_size_in_bytes
+
+from torchrec_turbossd.serving.config import ServingConfig
+from torchrec_turbossd.sizing import (
+    SLOT_MAP_BYTES_PER_ROW,
+    AccessProfile,
+    BudgetItem,
+    HitRateCurve,
+    shard_fast_bytes,
+    slot_bytes,
+    split_budget,
+)
+from torchrec_turbossd.tables import MAX_SLOTS, TableSpec
+
+LEAST_SLOTS = 1024
+"""A table gets at least this many slots, or one for each of its rows, so that a small batch fits."""
+
+GIB = 1 << 30
+CUDA_ALIGNMENT, CPU_ALIGNMENT = 16, 1
+"""FBGEMM pads rows to this many bytes."""
+
+
+def padded_row_bytes(dim: int, data_type: SparseType, alignment: int) -> int:
+    """Bytes of one row in FBGEMM's inference layout, padded to `alignment`."""
+    return int(rounded_row_size_in_bytes(dim, data_type, alignment))
+
+
+def fast_bytes(tables: Sequence[TableSpec], slots: Sequence[int], alignment: int) -> int:
+    """Bytes of fast memory: slots, the reserved one of each table, bookkeeping, and the slot map over all rows."""
+    return sum(
+        shard_fast_bytes(count, t.rows, padded_row_bytes(t.dim, t.data_type, alignment))
+        for t, count in zip(tables, slots, strict=True)
+    )
+
+
+def slots_for_hit_rate(
+    tables: Sequence[TableSpec], hit_rate: float, access: Mapping[str, AccessProfile] | None
+) -> list[int]:
+    """The least slots of each table that reach `hit_rate` per lookup, `LEAST_SLOTS` or more where it has the rows."""
+    wanted = [_curve(t, access).slots_for(hit_rate) for t in tables]
+    return [min(max(count, LEAST_SLOTS), t.rows, MAX_SLOTS) for count, t in zip(wanted, tables, strict=True)]
+
+
+def plan_slots(tables: Sequence[TableSpec], config: ServingConfig, device: torch.device) -> list[int]:
+    """Slots of each table: those that reach the target hit rate, or the best split of a budget that is less.
+
+    Raises:
+        BudgetError: `hbm_budget_gb` does not hold slot map, bookkeeping and `LEAST_SLOTS` of each table.
+    """
+    alignment = CUDA_ALIGNMENT if device.type == "cuda" else CPU_ALIGNMENT
+    wanted = slots_for_hit_rate(tables, config.cache_hit_rate, config.access)
+    budget = int(config.hbm_budget_gb * GIB)
+    if config.hbm_budget_gb == 0 or fast_bytes(tables, wanted, alignment) <= budget:
+        return wanted
+    items = {t.name: _item(t, n, config.access, alignment) for t, n in zip(tables, wanted, strict=True)}
+    split = split_budget(items, budget)
+    return [split[t.name] for t in tables]
+
+
+def _item(table: TableSpec, wanted: int, access: Mapping[str, AccessProfile] | None, alignment: int) -> BudgetItem:
+    per_slot = slot_bytes(padded_row_bytes(table.dim, table.data_type, alignment))
+    return BudgetItem(
+        bytes_per_slot=per_slot,
+        curve=_curve(table, access),
+        weight=1.0,
+        floor_slots=min(LEAST_SLOTS, table.rows),
+        max_slots=wanted,
+        fixed_bytes=per_slot + SLOT_MAP_BYTES_PER_ROW * table.rows,
+    )
+
+
+def _curve(table: TableSpec, access: Mapping[str, AccessProfile] | None) -> HitRateCurve:
+    profile = (access or {}).get(table.name)
+    return HitRateCurve(profile or AccessProfile.zipf(table.rows))
+
+
+__all__ = [
+    "CPU_ALIGNMENT",
+    "CUDA_ALIGNMENT",
+    "GIB",
+    "LEAST_SLOTS",
+    "fast_bytes",
+    "padded_row_bytes",
+    "plan_slots",
+    "slots_for_hit_rate",
+]
