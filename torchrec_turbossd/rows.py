@@ -125,10 +125,12 @@ def as_row_bytes(table: TableSpec, weights: Tensor, widths: tuple[int, ...] = ()
             raise InputError(f"table {table.name!r}: float rows must be {table.dim} wide, got {weights.shape[1]}")
         rows = quantise(weights, table.data_type)
         # Finite numbers too may lie beyond float16, in which FP16 rows and every quantised scale and bias are.
-        if not bool(torch.isfinite(weights).all()) or not bool(torch.isfinite(_floats_in(rows, table.data_type)).all()):
-            raise InputError(
-                f"table {table.name!r}: rows must be finite in {table.data_type}, got NaN, infinity or too large numbers"
-            )
+        for numbers in (weights, _floats_in(rows, table.data_type)):
+            if not bool(torch.isfinite(numbers).all()):
+                raise InputError(
+                    f"table {table.name!r}: rows must be finite as {table.data_type}, got NaN, infinity or too large "
+                    "numbers"
+                )
         return rows
     if weights.dtype != torch.uint8:
         raise InputError(f"table {table.name!r}: weights must be floating rows or uint8 row bytes, got {weights.dtype}")

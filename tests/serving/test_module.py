@@ -313,18 +313,3 @@ def test_an_update_that_returned_survives_a_kill(tmp_path: Path) -> None:
     assert done.returncode == -9, done.stderr
     with build([("a", 50, 8, SparseType.FP32)], tmp_path, device="cpu", name="m") as module:
         assert (module(torch.arange(50), torch.arange(51)) == 5.0).all()
-
-
-@pytest.mark.gpu
-def test_cuda_gives_what_the_cpu_gives(tmp_path: Path) -> None:
-    rows = torch.randn(50, 8)
-    outs = []
-    for device in ("cpu", "cuda"):
-        with build(SPECS[:1], tmp_path, cache_hit_rate=0.1, device=device, output_dtype=SparseType.FP32) as module:
-            module.streaming_update(torch.arange(50), rows, "a")
-            lookup = torch.arange(50).to(device), torch.arange(0, 51, 5).to(device)
-            outs.append(module(*lookup).cpu())
-            module.streaming_update(ids(3), rows[:1] * 2, "a")
-            outs.append(module(*lookup).cpu())
-    torch.testing.assert_close(outs[0], outs[2])
-    torch.testing.assert_close(outs[1], outs[3])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -119,9 +120,12 @@ def make_dmp(
     directory: Path | None,
     slots: dict[str, int] | None,
     model: Model | None = None,
-    device: str = "cpu",
 ) -> DistributedModelParallel:
-    """A sharded model: on SSD under `directory` with `slots`, or all FUSED with the same initial rows."""
+    """A sharded model: on SSD under `directory` with `slots`, or all FUSED with the same initial rows.
+
+    On CUDA where the ranks talk over NCCL.
+    """
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     model = model or Model()
     params = fused_params(optimizer)
     sharder: Any = (

@@ -42,9 +42,15 @@ def _save(rank: int, world: int, sharding: str, directory: Path) -> dict[str, li
     return rows
 
 
-@pytest.mark.parametrize(("sharding", "world"), [("table_wise", 2), ("row_wise", 2), ("row_wise", 1)])
-def test_snapshots_hold_what_was_trained(tmp_path: Path, sharding: str, world: int) -> None:
-    by_rank = run_ranks(world, _save, sharding, tmp_path)
+NCCL = pytest.param("table_wise", 1, "nccl", marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "world", "backend"),
+    [("table_wise", 2, "gloo"), ("row_wise", 2, "gloo"), ("row_wise", 1, "gloo"), NCCL],
+)
+def test_snapshots_hold_what_was_trained(tmp_path: Path, sharding: str, world: int, backend: str) -> None:
+    by_rank = run_ranks(world, _save, sharding, tmp_path, backend=backend)
     manifest = verify(tmp_path / "training")
     assert {t.name: (t.rows, t.dim) for t in manifest.tables} == {
         "big": (ROWS["big"], DIM), "wide": (ROWS["wide"], 2 * DIM), "small": (ROWS["small"], DIM)
@@ -80,7 +86,7 @@ def _second_run(rank: int, world: int, sharding: str, directory: Path) -> dict[s
     dmp = make_dmp(world, sharding, ADAGRAD, directory / f"second-{sharding}-{world}", {"big": 150, "small": 20})
     train(dmp, rank, range(50, 54))
     before = local_rows(dmp.state_dict())
-    out = dmp.module.ebc(batch(1, rank)).values()
+    out = dmp.module.ebc(batch(1, rank).to(dmp.device)).values()
     with pytest.raises((CacheFullError, SnapshotError), match="in flight"):
         load_snapshot(dmp, directory / "saved")
     del out
@@ -104,14 +110,24 @@ def _assemble(by_rank: list[dict[str, Any]], suffix: str) -> Tensor:
     return torch.cat([values for _, values in sorted(parts, key=lambda p: p[0])])
 
 
-def test_training_goes_on_under_another_plan(tmp_path: Path) -> None:
-    run_ranks(2, _first_run, "row_wise", tmp_path)
+@pytest.mark.parametrize(
+    ("backend", "first", "others"),
+    [
+        ("gloo", 2, [(1, "table_wise"), (2, "table_wise"), (1, "row_wise")]),
+        pytest.param("nccl", 1, [(1, "table_wise")], marks=pytest.mark.gpu),
+    ],
+    ids=["gloo", "nccl"],
+)
+def test_training_goes_on_under_another_plan(
+    tmp_path: Path, backend: str, first: int, others: list[tuple[int, str]]
+) -> None:
+    run_ranks(first, _first_run, "row_wise", tmp_path, backend=backend)
     shutil.copytree(tmp_path / "saved", tmp_path / "damaged")
     sst = max((tmp_path / "damaged").rglob("*.sst"), key=lambda f: f.stat().st_size)
     sst.write_bytes(sst.read_bytes()[:-1] + b"?")
-    reference = run_ranks(2, _reference, tmp_path)
-    for world, sharding in ((1, "table_wise"), (2, "table_wise"), (1, "row_wise")):
-        found = run_ranks(world, _second_run, sharding, tmp_path)
+    reference = run_ranks(first, _reference, tmp_path, backend=backend)
+    for world, sharding in others:
+        found = run_ranks(world, _second_run, sharding, tmp_path, backend=backend)
         assert found[0]["step"] == 10
         for name in ROWS:
             for suffix in (f"{name}.weight", f"{name}.momentum1"):

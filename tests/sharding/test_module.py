@@ -83,9 +83,15 @@ def _state(rank: int, world: int, sharding: str, directory: Path) -> dict[str, b
     return seen
 
 
+BACKENDS = pytest.mark.parametrize(
+    ("backend", "world"), [("gloo", 2), pytest.param("nccl", 1, marks=pytest.mark.gpu)], ids=["gloo", "nccl"]
+)
+
+
+@BACKENDS
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
-def test_state_dict_goes_both_ways(tmp_path: Path, sharding: str) -> None:
-    for seen in run_ranks(2, _state, sharding, tmp_path):
+def test_state_dict_goes_both_ways(tmp_path: Path, sharding: str, backend: str, world: int) -> None:
+    for seen in run_ranks(world, _state, sharding, tmp_path, backend=backend):
         assert seen and all(seen.values()), seen
 
 
@@ -135,9 +141,10 @@ def _given_state(dmp: Any, sharding: str) -> None:
             raise AssertionError("given optimizer state was not taken")
 
 
+@BACKENDS
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
-def test_streaming_update_reaches_every_shard(tmp_path: Path, sharding: str) -> None:
-    run_ranks(2, _update, sharding, tmp_path)
+def test_streaming_update_reaches_every_shard(tmp_path: Path, sharding: str, backend: str, world: int) -> None:
+    run_ranks(world, _update, sharding, tmp_path, backend=backend)
 
 
 def _bad_updates(rank: int, world: int, directory: Path) -> None:

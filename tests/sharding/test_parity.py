@@ -20,15 +20,13 @@ CACHES = {
 }
 
 
-def _compare(
-    rank: int, world: int, sharding: str, optimizer: EmbOptimType, directory: Path, device: str = "cpu"
-) -> dict[str, Any]:
-    reference = make_dmp(world, sharding, optimizer, None, None, device=device)
+def _compare(rank: int, world: int, sharding: str, optimizer: EmbOptimType, directory: Path) -> dict[str, Any]:
+    reference = make_dmp(world, sharding, optimizer, None, None)
     wanted = train(reference, rank, range(STEPS))
     rows, state = local_rows(reference.state_dict()), optimizer_rows(reference)
     seen: dict[str, Any] = {}
     for label, slots in CACHES.items():
-        dmp = make_dmp(world, sharding, optimizer, directory / label.replace(" ", "-"), slots, device=device)
+        dmp = make_dmp(world, sharding, optimizer, directory / label.replace(" ", "-"), slots)
         got = train(dmp, rank, range(STEPS))
         if not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):
             raise AssertionError(f"{label}: predictions differ")
@@ -64,5 +62,5 @@ def test_same_numbers_as_fused(tmp_path: Path, sharding: str, world: int, optimi
 @pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD])
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
 def test_same_numbers_as_fused_on_cuda(tmp_path: Path, sharding: str, optimizer: EmbOptimType) -> None:
-    by_rank = run_ranks(1, _compare, sharding, optimizer, tmp_path, "cuda", backend="nccl")
+    by_rank = run_ranks(1, _compare, sharding, optimizer, tmp_path, backend="nccl")
     assert all(0.0 < rate < 0.95 for rate in by_rank[0]["barely the batch"].values())

@@ -15,11 +15,11 @@ class SlotMemory(ABC):
 
     @abstractmethod
     def read(self, table: int, slots: Tensor) -> Tensor:
-        """Rows in `slots` [N] int64: [N, row_bytes] uint8 on the CPU."""
+        """Rows in `slots` [N] int64, on any device: [N, row_bytes] uint8 on the CPU."""
 
     @abstractmethod
     def write(self, table: int, slots: Tensor, rows: Tensor) -> None:
-        """Put `rows` [N, row_bytes] uint8 into distinct `slots` [N] int64."""
+        """Put `rows` [N, row_bytes] uint8 into distinct `slots` [N] int64; both on any device."""
 
 
 class TrainingMemory(SlotMemory):
@@ -35,12 +35,14 @@ class TrainingMemory(SlotMemory):
         self._parts = [[w.data, *(s.data for s in state)] for w, state in zip(weights, states, strict=True)]
 
     def read(self, table: int, slots: Tensor) -> Tensor:
-        columns = [_as_bytes(part.index_select(0, slots)) for part in self._parts[table]]
+        parts = self._parts[table]
+        slots = slots.to(parts[0].device)
+        columns = [_as_bytes(part.index_select(0, slots)) for part in parts]
         return torch.cat(columns, dim=1).cpu()
 
     def write(self, table: int, slots: Tensor, rows: Tensor) -> None:
         parts = self._parts[table]
-        rows = rows.to(parts[0].device)
+        rows, slots = rows.to(parts[0].device), slots.to(parts[0].device)
         widths = [part[:1].numel() * part.element_size() for part in parts]
         columns = torch.split(rows, widths, dim=1)
         # All copies are made before the first slot changes, so that running out of memory changes none.
@@ -60,11 +62,12 @@ class ServingMemory(SlotMemory):
         self._tables = [weights[:, :size] for (weights, _, _), size in zip(whole, row_bytes, strict=True)]
 
     def read(self, table: int, slots: Tensor) -> Tensor:
-        return self._tables[table].index_select(0, slots).cpu()
+        source = self._tables[table]
+        return source.index_select(0, slots.to(source.device)).cpu()
 
     def write(self, table: int, slots: Tensor, rows: Tensor) -> None:
         target = self._tables[table]
-        target.index_copy_(0, slots, rows.to(target.device))
+        target.index_copy_(0, slots.to(target.device), rows.to(target.device))
 
 
 def _as_bytes(part: Tensor) -> Tensor:
