@@ -148,6 +148,8 @@ def test_a_batch_outside_the_slots_never_mixes_with_one_in_flight(device: str) -
     outside = pair.ours(*large)
     with pytest.raises(CacheFullError, match="earlier batch"):
         pair.ours(*pair.batch(1))
+    with pytest.raises(CacheFullError, match="earlier batch"):
+        pair.ours.write_rows(0, torch.tensor([3]), pair.ours.read_rows(0, torch.tensor([3])))
     outside.sum().backward()
     pair.ours(*pair.batch(1))
 
@@ -256,3 +258,32 @@ def test_counts_are_exact_when_one_table_of_a_batch_does_not_fit(device: str) ->
     assert (reads["a"].read_hit_count, reads["a"].read_miss_count) == (0, 5)
     assert (reads["b"].read_hit_count, reads["b"].read_miss_count) == (0, 9)
     assert not pair.ours.rows.cache.resident(0)[0].numel(), "no table may admit rows of a batch that runs outside"
+
+
+@pytest.mark.gpu
+def test_prefetch_on_a_stream_of_its_own() -> None:
+    """Slow kernels hold the forward stream back, so that a prefetch that did not wait would read old rows."""
+    pair = Pair("cuda:0", (110, 80))
+    side = torch.cuda.Stream()
+    batches = [pair.batch(seed) for seed in range(30)]
+    slow = torch.randn(4096, 4096, device="cuda")
+
+    def prefetch(at: int) -> None:
+        with torch.cuda.stream(side):
+            side.wait_event(ready)
+            pair.ours.prefetch(*batches[at])
+
+    ready = torch.cuda.Event()
+    ready.record()
+    prefetch(0)
+    for step, batch in enumerate(batches):
+        mine, theirs = pair.ours(*batch), pair.stock(*batch)
+        if step + 1 < len(batches):
+            prefetch(step + 1)
+        for _ in range(10):
+            slow = slow @ slow / 64
+        # The gradient waits for the slow kernels, and with it the update.
+        gradient = torch.ones_like(mine) + 0 * slow[0, 0].clamp(-1, 1)
+        mine.backward(gradient)
+        theirs.backward(gradient)
+    pair.same()

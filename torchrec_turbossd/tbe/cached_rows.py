@@ -87,7 +87,7 @@ class CachedRows:
         Raises `CacheFullError` when they do not fit; the batch can then run on `take_out`.
         """
         with self.lock:
-            self._refuse_lent(batch)
+            self._refuse_lent(batch.positions)
             found = self.cache.lookup(batch.positions)
             misses = [0] * len(self.shards)
             if int(torch.count_nonzero(found)) < found.numel():
@@ -174,9 +174,13 @@ class CachedRows:
         return rows
 
     def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
-        """Set the bytes of distinct local `ids` [N]: in their slots where they are there, else in the store."""
+        """Set the bytes of distinct local `ids` [N]: in their slots where they are there, else in the store.
+
+        Raises `CacheFullError` when a batch that runs outside the slots will overwrite one of them.
+        """
         with self.lock:
             ids = ids.to(self.cache.device)
+            self._refuse_lent(ids + int(self.cache.bases[table]))
             slots = self.cache.slots_of(table, ids)
             here = slots > 0
             resident = here.cpu()
@@ -191,7 +195,7 @@ class CachedRows:
         Raises `CacheFullError` when another batch in flight holds one of the rows to lend.
         """
         with self.lock:
-            self._refuse_lent(batch)
+            self._refuse_lent(batch.positions)
             positions, places = torch.unique(batch.positions, return_inverse=True)
             ids = self._by_table(positions)
             starts = torch.searchsorted(positions, self.cache.bases).tolist()
@@ -237,11 +241,11 @@ class CachedRows:
                     self.store.write(self._keyed(table, ids, memory.read(table, places)))
             self._lent = [p for p in self._lent if p is not distinct.positions]
 
-    def _refuse_lent(self, batch: Batch) -> None:
+    def _refuse_lent(self, wanted: Tensor) -> None:
         for positions in self._lent:
-            if bool(torch.isin(batch.positions, positions).any()):
+            if bool(torch.isin(wanted, positions).any()):
                 raise CacheFullError(
-                    "rows of this batch are in use by an earlier batch that did not fit in the slots; run that "
+                    "rows that are asked for are in use by an earlier batch that did not fit in the slots; run that "
                     "batch's backward (or drop its output) first, or plan more slots"
                 )
 

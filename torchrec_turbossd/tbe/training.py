@@ -6,57 +6,20 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
 from torchrec_turbossd.errors import CacheFullError, ClosedError, ConfigError, InputError, UnsupportedError
 from torchrec_turbossd.store.contract import RowStore
-from torchrec_turbossd.tables import MAX_SLOTS, TRAINING_TYPES, StateSpec, TableShard
+from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.cached_rows import CachedRows, Distinct, Fetched
-from torchrec_turbossd.tbe.layout import Batch, Bounds
+from torchrec_turbossd.tbe.layout import Batch
 from torchrec_turbossd.tbe.slot_memory import TrainingMemory
-
-ROW_STATE: dict[EmbOptimType, tuple[StateSpec, ...]] = {
-    EmbOptimType.EXACT_SGD: (),
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (StateSpec(name="momentum1", per_row=True),),
-    EmbOptimType.EXACT_ADAGRAD: (StateSpec(name="momentum1", per_row=False),),
-}
-"""Optimizers whose whole state belongs to a row, and that state in FBGEMM's order."""
-
-
-def row_state(optimizer: EmbOptimType) -> tuple[StateSpec, ...]:
-    """Optimizer state that travels with a row; raises `UnsupportedError` for an optimizer not built here."""
-    if optimizer not in ROW_STATE:
-        raise UnsupportedError(
-            f"optimizer {getattr(optimizer, 'name', optimizer)} is not supported on SSD-backed tables; use one of "
-            f"{', '.join(o.name for o in ROW_STATE)}"
-        )
-    return ROW_STATE[optimizer]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How a training TBE looks rows up and trains them.
-
-    tbe_args: keyword arguments of `SplitTableBatchedEmbeddingBagsCodegen` (optimizer, learning_rate, eps, ...).
-    """
-
-    pooling_mode: PoolingMode = PoolingMode.SUM
-    policy: str = "clock"
-    bounds: Bounds = Bounds.RAISE
-    tbe_args: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def optimizer(self) -> EmbOptimType:
-        # FBGEMM's own default.
-        found = self.tbe_args.get("optimizer", EmbOptimType.EXACT_SGD)
-        return found if isinstance(found, EmbOptimType) else EmbOptimType(found)
+from torchrec_turbossd.tbe.training_options import ROW_STATE, TrainingOptions, check_training_tables, row_state
 
 
 class _Run:
@@ -103,7 +66,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        _check_tables(shards, slots, self.options.optimizer)
+        check_training_tables(shards, slots, self.options.optimizer)
         if list(feature_table_map) != sorted(feature_table_map):
             # Stock CPU backward fails on a table whose features are not adjacent.
             raise ConfigError(f"feature_table_map must be ascending, got {list(feature_table_map)}")
@@ -121,6 +84,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         )
         self._prefetched: deque[tuple[Tensor, _Run]] = deque()
         self._orphans: deque[_Run] = deque()
+        self._stream: torch.cuda.Stream | None = None
         self._closed = False
         self._warned = False
 
@@ -148,6 +112,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         A batch that does not fit beside those in flight is left to its forward.
         """
         self._check_open()
+        self._order_streams()
         batch = self.rows.layout.place(indices, offsets)
         self._retire_orphans()
         try:
@@ -172,6 +137,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                     f"{name} (variable batch size per feature) is not supported on SSD-backed tables"
                 )
         _check_weights(per_sample_weights, indices)
+        self._order_streams()
         self._retire_orphans()
         run = self._take_prefetched(indices)
         if torch.is_grad_enabled():
@@ -193,6 +159,17 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self._follow(out, run)
         return out
 
+    def _order_streams(self) -> None:
+        """On CUDA, put what follows on slots after what was done on them last, maybe on another stream.
+
+        A prefetch stream would otherwise read rows to write back before the update that the host has launched.
+        """
+        if self.device.type == "cuda":
+            current = torch.cuda.current_stream(self.device)
+            if self._stream is not None and self._stream != current:
+                current.wait_stream(self._stream)
+            self._stream = current
+
     def _call(
         self,
         tbe: SplitTableBatchedEmbeddingBagsCodegen,
@@ -212,6 +189,11 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                 for _ in range(place):
                     self._end(self._prefetched.popleft()[1], changed=False)
                 self._prefetched.popleft()
+                if self._stream is not None and run.fetched is not None:
+                    # Made on the prefetch stream, and used on this one until backward ends.
+                    for made in (run.fetched.slots, run.fetched.at):
+                        if made is not None:
+                            made.record_stream(self._stream)
                 return run
         return None
 
@@ -283,6 +265,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
 
         def after(grad_inputs: Any, grad_outputs: Any, token: _Token = token) -> None:
             orphaned.detach()
+            self._order_streams()
             self._end(run, changed=True)
 
         # A tensor hook would fire before the fused update; this one fires after the node has run.
@@ -311,11 +294,13 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
     def read_rows(self, table: int, ids: Tensor) -> Tensor:
         """Current bytes (weights, then state) of local `ids` [N]: [N, row_bytes] uint8 on the CPU."""
         self._check_open()
+        self._order_streams()
         return self.rows.read_rows(table, ids)
 
     def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
         """Overwrite local `ids` [N], distinct, with `rows` [N, row_bytes] uint8."""
         self._check_open()
+        self._order_streams()
         self.rows.write_rows(table, ids, rows)
 
     def check_idle(self) -> None:
@@ -332,6 +317,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
     def flush(self) -> None:
         """Write rows that training changed to the store and make it durable."""
         self._check_open()
+        self._order_streams()
         self._retire_orphans()
         self.rows.flush()
 
@@ -347,27 +333,6 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         while self._prefetched:
             self._end(self._prefetched.popleft()[1], changed=False)
         self._closed = True
-
-
-def _check_tables(shards: Sequence[TableShard], slots: Sequence[int], optimizer: EmbOptimType) -> None:
-    if not shards:
-        raise ConfigError("a training TBE needs at least one table, got none")
-    state, types = row_state(optimizer), {s.table.data_type for s in shards}
-    if len(types) > 1 or not types <= set(TRAINING_TYPES):
-        raise ConfigError(f"tables of one TBE train in one type, FP32 or FP16, got {', '.join(map(str, types))}")
-    if len(slots) != len(shards):
-        raise ConfigError(f"{len(shards)} tables need as many slot counts, got {len(slots)}")
-    for shard, count in zip(shards, slots, strict=True):
-        if shard.table.state != state:
-            raise ConfigError(f"table {shard.table.name!r}: its state {shard.table.state} is not that of {optimizer}")
-        if not 1 <= count <= min(shard.rows, MAX_SLOTS):
-            raise ConfigError(
-                f"table {shard.table.name!r}: slots must be 1 to {min(shard.rows, MAX_SLOTS)}, got {count}"
-            )
-        if shard.cols % 4:
-            raise ConfigError(
-                f"table {shard.table.name!r}: FBGEMM trains widths that are multiples of 4, got {shard.cols}"
-            )
 
 
 def _check_weights(weights: Tensor | None, indices: Tensor) -> None:

@@ -1,0 +1,75 @@
+"""How a training TBE is built: optimizers and their state by row, options, and what tables it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+
+from torchrec_turbossd.errors import ConfigError, UnsupportedError
+from torchrec_turbossd.tables import MAX_SLOTS, TRAINING_TYPES, StateSpec, TableShard
+from torchrec_turbossd.tbe.layout import Bounds
+
+ROW_STATE: dict[EmbOptimType, tuple[StateSpec, ...]] = {
+    EmbOptimType.EXACT_SGD: (),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (StateSpec(name="momentum1", per_row=True),),
+    EmbOptimType.EXACT_ADAGRAD: (StateSpec(name="momentum1", per_row=False),),
+}
+"""Optimizers whose whole state belongs to a row, and that state in FBGEMM's order."""
+
+
+def row_state(optimizer: EmbOptimType) -> tuple[StateSpec, ...]:
+    """Optimizer state that travels with a row; raises `UnsupportedError` for an optimizer not built here."""
+    if optimizer not in ROW_STATE:
+        raise UnsupportedError(
+            f"optimizer {getattr(optimizer, 'name', optimizer)} is not supported on SSD-backed tables; use one of "
+            f"{', '.join(o.name for o in ROW_STATE)}"
+        )
+    return ROW_STATE[optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a training TBE looks rows up and trains them.
+
+    tbe_args: keyword arguments of `SplitTableBatchedEmbeddingBagsCodegen` (optimizer, learning_rate, eps, ...).
+    """
+
+    pooling_mode: PoolingMode = PoolingMode.SUM
+    policy: str = "clock"
+    bounds: Bounds = Bounds.RAISE
+    tbe_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizer(self) -> EmbOptimType:
+        # FBGEMM's own default.
+        found = self.tbe_args.get("optimizer", EmbOptimType.EXACT_SGD)
+        return found if isinstance(found, EmbOptimType) else EmbOptimType(found)
+
+
+def check_training_tables(shards: Sequence[TableShard], slots: Sequence[int], optimizer: EmbOptimType) -> None:
+    """Raise `ConfigError` unless a training TBE can hold these shards in these slots."""
+    if not shards:
+        raise ConfigError("a training TBE needs at least one table, got none")
+    state, types = row_state(optimizer), {s.table.data_type for s in shards}
+    if len(types) > 1 or not types <= set(TRAINING_TYPES):
+        raise ConfigError(f"tables of one TBE train in one type, FP32 or FP16, got {', '.join(map(str, types))}")
+    if len(slots) != len(shards):
+        raise ConfigError(f"{len(shards)} tables need as many slot counts, got {len(slots)}")
+    for shard, count in zip(shards, slots, strict=True):
+        if shard.table.state != state:
+            raise ConfigError(f"table {shard.table.name!r}: its state {shard.table.state} is not that of {optimizer}")
+        if not 1 <= count <= min(shard.rows, MAX_SLOTS):
+            raise ConfigError(
+                f"table {shard.table.name!r}: slots must be 1 to {min(shard.rows, MAX_SLOTS)}, got {count}"
+            )
+        if shard.cols % 4:
+            raise ConfigError(
+                f"table {shard.table.name!r}: FBGEMM trains widths that are multiples of 4, got {shard.cols}"
+            )
+
+
+__all__ = ["ROW_STATE", "TrainingOptions", "check_training_tables", "row_state"]
