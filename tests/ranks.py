@@ -22,7 +22,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str
 
     A rank that raises makes this raise with its traceback.
     """
-    context = mp.get_context("spawn")
+    # Ranks are forked from one process that has done the slow imports, and nothing else; CUDA survives no fork.
+    context = mp.get_context("spawn" if backend == "nccl" else "forkserver")
+    if backend != "nccl":
+        context.set_forkserver_preload(["tests.sharding.models"])
     results: Any = context.Queue()
     rendezvous = tempfile.mktemp(prefix="turbossd-ranks-")
     processes = [
