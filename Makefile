@@ -25,7 +25,7 @@ OURS := $(VENV)/.made-by-make
 only-ours = if [ -e '$(VENV)' ] && [ ! -e '$(OURS)' ]; then \
   echo 'error: $(VENV) was not made by this Makefile; move it away, or use another: make VENV=.venv-make' >&2; exit 1; fi
 
-.PHONY: help setup demo test lint types bench clean check-python
+.PHONY: help setup demo test lint types clean check-python
 .DEFAULT_GOAL := help
 
 help:
@@ -33,7 +33,6 @@ help:
 	@echo 'make test    lint, types and tests                  (PYTEST_ARGS="-m \"not slow\" -k store")'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy'
-	@echo 'make bench   the benchmarks                         (BENCH_ARGS="...")'
 	@echo 'make setup   only the environment, in $(VENV)'
 	@echo 'make clean   remove the environment and all that was built'
 	@echo 'PYTHON=python3.12 picks the interpreter, FLAVOUR=cpu or cuda overrides what was found ($(FLAVOUR)).'
@@ -78,10 +77,6 @@ types: setup
 
 test: lint types
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-
-bench: setup
-	@if [ -e benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py $(BENCH_ARGS); \
-	else echo 'no benchmarks/run.py in this checkout'; fi
 
 clean:
 	@$(only-ours)

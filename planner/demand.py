@@ -46,10 +46,10 @@ def optimizer_of(tensor: Tensor, fused_params: Mapping[str, Any] | None) -> EmbO
         chosen = optimizer_type_to_emb_opt_type(applied[0])
     else:
         chosen = (fused_params or {}).get("optimizer", EmbOptimType.EXACT_SGD)
-    if chosen not in ROW_STATE:
+    if not isinstance(chosen, EmbOptimType) or chosen not in ROW_STATE:
         raise UnsupportedError(
-            f"optimizer {chosen} keeps no state by row that is known here; use one of "
-            f"{', '.join(o.name for o in ROW_STATE)}"
+            f"optimizer must be FBGEMM's EmbOptimType, one of {', '.join(o.name for o in ROW_STATE)} (for tables on "
+            f"SSD EXACT_SGD, EXACT_ROWWISE_ADAGRAD or EXACT_ADAGRAD), got {chosen!r}"
         )
     return chosen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -147,7 +148,12 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
             if error.error_type not in _NO_ROOM:
                 raise
             raise BudgetError(self._explain(error)) from error
-        self._access.check_names(option.name for option in self._enumerator.last_stored_search_space or [])
+        names = {option.name for option in self._enumerator.last_stored_search_space or []}
+        self._access.check_names(names)
+        unknown = sorted(set(self._demand.constraints) - names)
+        if unknown:
+            # TorchRec takes them in silence, so that one set of constraints may serve several models.
+            warnings.warn(f"constraints name no table of this model: {', '.join(map(repr, unknown))}", stacklevel=2)
         return plan
 
     def collective_plan(

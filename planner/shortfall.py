@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchrec.distributed.planner.types import ShardingOption, Storage
+from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, fast_memory
 
@@ -111,6 +112,8 @@ def _short_on_a_rank(memory: str, options: Sequence[ShardingOption], ranks: Sequ
 
 def _advice(options: Sequence[ShardingOption], held: Sequence[ShardingOption], ranks: Sequence[Storage]) -> list[str]:
     ours = {option.fqn for option in options if option.compute_kernel == TURBO_SSD}
+    if not ours and any(isinstance(option.module[1], EmbeddingCollection) for option in held):
+        return ["use EmbeddingBagCollection for the large tables: those of an EmbeddingCollection cannot be on SSD"]
     if not ours:
         return [f"offer the {TURBO_SSD!r} kernel: give the planner sharders of torchrec_turbossd.sharding"]
     advice = []

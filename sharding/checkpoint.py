@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from torchrec_turbossd.errors import ConfigError, SnapshotError, UnsupportedError
+from torchrec_turbossd.sharding.collective import everywhere, together
 from torchrec_turbossd.sharding.embeddingbag import TurboSSDShardedEmbeddingBagCollection
 from torchrec_turbossd.sharding.local_tables import LocalTable, in_windows
 from torchrec_turbossd.snapshot import (
@@ -23,6 +24,7 @@ from torchrec_turbossd.snapshot import (
     Manifest,
     Part,
     ShardRange,
+    check_data_types,
     commit_snapshot,
     convert_to_serving,
     new_staging,
@@ -33,7 +35,8 @@ from torchrec_turbossd.store.rocks import RocksRowStore
 from torchrec_turbossd.tables import TableSpec
 
 _WINDOW_ROWS = 65536
-_Result = TypeVar("_Result")
+LEARNING_RATES = "learning_rates"
+"""Key of `Manifest.extra`: the learning rate of each group of tables on SSD, by name."""
 
 
 @dataclass
@@ -42,7 +45,8 @@ class _RankPart:
 
     parts: list[Part] = field(default_factory=list)
     files: dict[str, FileDigest] = field(default_factory=dict)
-    tables: dict[str, TableSpec] = field(default_factory=dict)
+    tables: dict[tuple[str, str], TableSpec] = field(default_factory=dict)
+    """By module and table name."""
 
 
 def save_snapshot(
@@ -62,9 +66,11 @@ def save_snapshot(
     Args:
         path: must not exist, or be an empty directory, on a file system that all ranks share.
         kind: "training" (weights and optimizer state) or "serving" (weights in `data_types`, without state).
-        data_types: serving only: the type of all tables, or of each; tables that a mapping leaves out are left out.
+        data_types: needed for "serving", and only there: the type of all tables, such as `SparseType.INT8`, or of
+            each; tables that a mapping leaves out are left out.
         version: a number that rises from one snapshot of the model to the next.
-        extra: anything JSON holds, for the reader (the step, the id of the dense part's checkpoint, ...).
+        extra: anything JSON holds, for the reader (the step, the id of the dense part's checkpoint, ...). The learning
+            rates of tables on SSD are added under "learning_rates".
 
     Returns:
         The manifest, the same on every rank.
@@ -74,7 +80,7 @@ def save_snapshot(
             failed. UnsupportedError: two modules have a table of the same name. StoreError: the file system refuses.
             On any of them nothing is left at `path`.
     """
-    _check_arguments(kind, data_types)
+    _check_arguments(kind, data_types, version, extra)
     modules = sharded_modules(model)
     group = modules[0][1]._env.process_group
     final = Path(path).absolute()
@@ -95,11 +101,24 @@ def save_snapshot(
     return manifest
 
 
-def _check_arguments(kind: str, data_types: SparseType | Mapping[str, SparseType] | None) -> None:
+def _check_arguments(kind: str, data_types: Any, version: int, extra: Mapping[str, Any] | None) -> None:
     if kind not in ("training", "serving"):
         raise ConfigError(f"kind must be 'training' or 'serving', got {kind!r}")
-    if (kind == "serving") != (data_types is not None):
-        raise ConfigError(f"data_types goes with kind='serving', and only with it; got kind={kind!r}, {data_types!r}")
+    if kind == "serving":
+        check_data_types(data_types)
+    elif data_types is not None:
+        raise ConfigError(
+            f"data_types goes with kind='serving'; a training snapshot keeps its types, got {data_types!r}"
+        )
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise ConfigError(f"a version is an int of 0 or more, got {version!r}")
+    for key, value in (extra or {}).items():
+        if key == LEARNING_RATES:
+            raise ConfigError(f"extra[{key!r}] is written by save_snapshot itself; use another key")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"extra[{key!r}] must be what JSON holds, got {type(value).__name__}: {error}") from error
 
 
 def _new_staging(final: Path, target: Path) -> Path:
@@ -116,7 +135,7 @@ def sharded_modules(model: nn.Module) -> list[tuple[str, TurboSSDShardedEmbeddin
         if isinstance(module, TurboSSDShardedEmbeddingBagCollection)
     ]
     if not found:
-        raise ConfigError("the model has no module sharded by TurboSSDEmbeddingBagCollectionSharder; nothing to save")
+        raise ConfigError("the model has no module sharded by TurboSSDEmbeddingBagCollectionSharder; shard it first")
     return found
 
 
@@ -128,18 +147,18 @@ def _extra(
         for name, module in modules
         for place, kernel in enumerate(module._kernels())
     }
-    return {"learning_rates": rates, **(extra or {})}
+    return {LEARNING_RATES: rates, **(extra or {})}
 
 
 def _write_parts(
     modules: list[tuple[str, TurboSSDShardedEmbeddingBagCollection]], staging: Path, rank: int
 ) -> _RankPart:
     written = _RankPart()
-    for number, (_, module) in enumerate(modules):
+    for number, (fqn, module) in enumerate(modules):
         module.flush()
         local = module._local()
         for table in local:
-            _remember(written, table)
+            written.tables[fqn, table.shard.table.name] = table.shard.table
         name = f"part-{rank}-{number}"
         on_ssd = {t.shard.key: ShardRange.of(t.shard) for t in local if t.on_ssd}
         for place, store in enumerate(module._stores.store.distinct if module._stores else []):
@@ -149,13 +168,6 @@ def _write_parts(
         if resident:
             _write_resident(written, resident, staging / f"{name}-resident")
     return written
-
-
-def _remember(written: _RankPart, table: LocalTable) -> None:
-    spec = table.shard.table
-    known = written.tables.setdefault(spec.name, spec)
-    if known != spec:
-        raise UnsupportedError(f"two modules have a table {spec.name!r}; rename one, a snapshot goes by table name")
 
 
 def _write_part(written: _RankPart, store: RowStore, directory: Path, shards: Mapping[str, ShardRange]) -> None:
@@ -176,8 +188,22 @@ def _write_resident(written: _RankPart, tables: list[LocalTable], directory: Pat
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _by_name(ranks: list[_RankPart]) -> dict[str, TableSpec]:
+    """The tables of all ranks; raises `UnsupportedError` when modules share a name, which is all a snapshot knows."""
+    owners: dict[str, str] = {}
+    tables: dict[str, TableSpec] = {}
+    for (fqn, name), spec in sorted((item for rank in ranks for item in rank.tables.items()), key=lambda item: item[0]):
+        if owners.setdefault(name, fqn) != fqn:
+            raise UnsupportedError(
+                f"modules {owners[name]!r} and {fqn!r} both have a table {name!r}; rename one, because a snapshot goes "
+                "by table name"
+            )
+        tables[name] = spec
+    return tables
+
+
 def _commit(staging: Path, target: Path, ranks: list[_RankPart], version: int, extra: Mapping[str, Any]) -> Manifest:
-    tables = {name: spec for part in ranks for name, spec in part.tables.items()}
+    tables = _by_name(ranks)
     manifest = Manifest(
         kind="training",
         id=uuid.uuid4().hex,
@@ -191,30 +217,4 @@ def _commit(staging: Path, target: Path, ranks: list[_RankPart], version: int, e
     return manifest
 
 
-def everywhere(group: ProcessGroup | None, work: Callable[[], _Result]) -> list[_Result]:
-    """Run `work` on every rank; every rank gets all results, or raises when one failed."""
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, (result, repr(failure) if failure else None), group=group)
-    if failure is not None:
-        raise failure
-    failed = {rank: said for rank, (_, said) in enumerate(gathered) if said is not None}
-    if failed:
-        raise SnapshotError(
-            f"nothing was done, because rank {next(iter(failed))} failed: {next(iter(failed.values()))}"
-        )
-    return [found for found, _ in gathered]
-
-
-def together(group: ProcessGroup | None, work: Callable[[], _Result], *, only: int) -> _Result:
-    """Run `work` on rank `only`; every rank gets its result, or raises when it failed."""
-    mine = dist.get_rank(group) == only
-    return everywhere(group, lambda: work() if mine else None)[only]  # type: ignore[return-value]
-
-
-__all__ = ["everywhere", "save_snapshot", "sharded_modules", "together"]
+__all__ = ["save_snapshot", "sharded_modules"]

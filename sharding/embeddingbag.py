@@ -32,6 +32,7 @@ from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
 from torchrec_turbossd.sharding.state import consume_weights, load_weight, sharded_weight
 from torchrec_turbossd.sharding.updates import RowUpdate, apply, route
 from torchrec_turbossd.tables import TableSpec
+from torchrec_turbossd.tbe.training_options import row_state
 
 SHARDING_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
 """How SSD-backed tables can be sharded."""
@@ -63,16 +64,24 @@ class TurboSSDShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self._stores: RankStores | None = None
         self._ours = [c.name for c in module.embedding_bag_configs() if plan[c.name].compute_kernel == TURBO_SSD]
         _refuse(module, plan, self._ours, stock["env"])
-        super().__init__(module=module, **stock)
-        self._specs: dict[str, TableSpec] = {t.shard.table.name: t.shard.table for t in self._local()}
-        self._load_initial(module)
+        self._specs: dict[str, TableSpec] = {}
+        try:
+            super().__init__(module=module, **stock)
+            self._load_initial(module)
+        except BaseException:
+            if self._stores is not None:
+                self._stores.close()
+            raise
 
     def _create_lookups(self) -> None:
         shards = []
         rank = self._env.rank
         for sharding in self._embedding_shardings:
             for group in getattr(sharding, "_grouped_embedding_configs_per_rank", [[]] * (rank + 1))[rank]:
-                for table in group.embedding_tables if is_ours(group) else ():
+                if not is_ours(group):
+                    continue
+                row_state(group_optimizer(group))
+                for table in group.embedding_tables:
                     key_value = self.module_sharding_plan[table.name].key_value_params
                     own = key_value.ssd_storage_directory if key_value is not None else None
                     shard = table_shard(table, group_optimizer(group), self._options.kernel.seed)
@@ -126,7 +135,7 @@ class TurboSSDShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for name in self._ours:
             weight = module.embedding_bags[name].weight
             if weight.device.type != "meta":
-                load_weight(name, weight.detach(), self._local())
+                load_weight(name, weight.detach(), self._on_ssd())
 
     def _kernels(self) -> Iterable[TurboSSDEmbeddingBag]:
         for lookup in self._lookups:
@@ -134,8 +143,13 @@ class TurboSSDShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 if isinstance(kernel, TurboSSDEmbeddingBag):
                     yield kernel
 
-    def _local(self) -> list[LocalTable]:
-        return local_tables(self._lookups, self._options.kernel.seed)
+    def _local(self, names: Iterable[str] | None = None) -> list[LocalTable]:
+        """This rank's shards, of all tables or of those named."""
+        wanted = list(self._table_names if names is None else names)
+        return local_tables(self._lookups, self._options.kernel.seed, wanted)
+
+    def _on_ssd(self) -> list[LocalTable]:
+        return self._local(self._ours)
 
     def streaming_update(
         self,
@@ -164,18 +178,22 @@ class TurboSSDShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         sharding = self.module_sharding_plan[table]
         if sharding.sharding_spec is None:
             raise UnsupportedError(f"table {table!r} is data-parallel; update its parameter instead")
-        local = [t for t in self._local() if t.shard.table.name == table]
+        local = self._local([table])
         update = RowUpdate(table=self._spec(table), ids=indices, weights=weights, state=dict(optimizer_state or {}))
+        shards = sharding.sharding_spec.shards
+        parts: list[tuple[Tensor, Tensor]] | None = None
         refused: Exception | None = None
         try:
-            update.check()
+            for target in local:
+                # Which ids come from other ranks is not known yet, so any batch outside the slots is in the way.
+                target.check_idle()
+            parts = update.parts(shards)
         except Exception as error:
             refused = error
-        shards = sharding.sharding_spec.shards
         widths = [sum(1 if s.per_row else m.shard_sizes[1] for s in update.table.state) for m in shards]
         device = self._device or torch.device("cpu")
         try:
-            routed = route(None if refused else update, widths, shards, self._env.process_group, device)
+            routed = route(parts, bool(update.state), widths, shards, self._env.process_group, device)
         except Exception as error:
             raise (refused or error) from None
         for place, (ids, values, with_state) in routed.items():
@@ -245,7 +263,7 @@ class TurboSSDShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
 
 def _add_weights(module: Any, destination: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    local = module._local()
+    local = module._on_ssd()
     for name in module._ours:
         destination[f"{prefix}embedding_bags.{name}.weight"] = sharded_weight(
             module._spec(name), module.module_sharding_plan[name], local, module._env.process_group
@@ -253,7 +271,7 @@ def _add_weights(module: Any, destination: dict[str, Any], prefix: str, local_me
 
 
 def _take_weights(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    consume_weights(state_dict, f"{prefix}embedding_bags.", module._ours, module._local())
+    consume_weights(state_dict, f"{prefix}embedding_bags.", module._ours, module._on_ssd())
 
 
 def _spec_of(info: Any, seed: int) -> TableSpec:
@@ -278,7 +296,7 @@ def _refuse(
             )
         if getattr(config, "use_virtual_table", False):
             raise UnsupportedError(f"table {config.name!r}: virtual tables are not supported on SSD")
-        own_init = config.init_fn is not None and not _is_default_init(config.init_fn)
+        own_init = config.init_fn is not None and not _is_default_init(config)
         if own_init and module.embedding_bags[config.name].weight.device.type == "meta":
             raise UnsupportedError(
                 f"table {config.name!r}: init_fn is not supported on SSD; set weight_init_min and weight_init_max, or "
@@ -286,16 +304,21 @@ def _refuse(
             )
 
 
-def _is_default_init(init_fn: Any) -> bool:
-    return isinstance(init_fn, functools.partial) and init_fn.func is torch.nn.init.uniform_
+def _is_default_init(config: Any) -> bool:
+    init_fn, bounds = config.init_fn, {"a": config.get_weight_init_min(), "b": config.get_weight_init_max()}
+    uniform = isinstance(init_fn, functools.partial) and init_fn.func is torch.nn.init.uniform_
+    return uniform and init_fn.keywords == bounds
 
 
 class TurboSSDEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     """Shards `EmbeddingBagCollection`s, tables on SSD among them.
 
     Args:
-        ssd_directory: where rows go; see `StoreOptions`.
-        fused_params: as for TorchRec's sharder; `optimizer` is SGD, row-wise Adagrad or Adagrad for tables on SSD.
+        ssd_directory: base directory of the live rows, on a local SSD. Each rank and module takes a sub-directory of
+            its own, which is emptied when it is opened: what is to be kept is saved as a snapshot. A table's
+            `KeyValueParams.ssd_storage_directory` comes before it; `@local_rank` in either becomes the local rank.
+        fused_params: as for TorchRec's sharder; `optimizer` is EXACT_SGD (also when none is given),
+            EXACT_ROWWISE_ADAGRAD or EXACT_ADAGRAD for tables on SSD.
         load_factor: share of a shard's rows that get slots when the plan says nothing.
         seed: of rows never written. policy: eviction policy, "clock" or "lru". read_threads: for each store.
     """

@@ -20,11 +20,12 @@ from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptim
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_turbossd.errors import ConfigError, UnsupportedError
+from torchrec_turbossd.planner.demand import ROW_STATE
 from torchrec_turbossd.sharding.optimizer import TurboSSDFusedOptimizer
 from torchrec_turbossd.store.contract import RowStore
-from torchrec_turbossd.tables import InitRule, TableShard, TableSpec
+from torchrec_turbossd.tables import InitRule, StateSpec, TableShard, TableSpec
 from torchrec_turbossd.tbe.layout import Bounds
-from torchrec_turbossd.tbe.training import TrainingOptions, TurboSSDTableBatchedEmbeddingBags, row_state
+from torchrec_turbossd.tbe.training import TrainingOptions, TurboSSDTableBatchedEmbeddingBags
 
 TBE_ARGUMENTS = frozenset({
     "optimizer", "learning_rate", "eps", "weight_decay", "weight_decay_mode", "beta1", "beta2", "momentum", "eta",
@@ -51,6 +52,16 @@ class KernelOptions:
     policy: str = "clock"
 
 
+def _state(name: str, optimizer: EmbOptimType) -> tuple[StateSpec, ...]:
+    # Resident tables have more optimizers than tables on SSD, whose TBE refuses the rest.
+    if optimizer not in ROW_STATE:
+        raise UnsupportedError(
+            f"table {name!r}: rows trained with {getattr(optimizer, 'name', optimizer)} cannot be read and written one "
+            f"by one; use one of {', '.join(o.name for o in ROW_STATE)}"
+        )
+    return ROW_STATE[optimizer]
+
+
 def table_spec(config: Any, optimizer: EmbOptimType | None, seed: int) -> TableSpec:
     """The engine's description of a table that TorchRec trains with a fused optimizer (None: FBGEMM's default)."""
     data_type = data_type_to_sparse_type(config.data_type)
@@ -59,7 +70,7 @@ def table_spec(config: Any, optimizer: EmbOptimType | None, seed: int) -> TableS
         rows=config.num_embeddings,
         dim=config.embedding_dim,
         data_type=data_type,
-        state=row_state(optimizer or EmbOptimType.EXACT_SGD),
+        state=_state(config.name, optimizer or EmbOptimType.EXACT_SGD),
         init=InitRule(
             seed=seed, low=config.get_weight_init_min(), high=config.get_weight_init_max(), data_type=data_type
         ),
@@ -157,7 +168,11 @@ class TurboSSDEmbeddingBag(BaseBatchedEmbeddingBag[torch.Tensor], FusedOptimizer
                 "a batch size per feature (variable stride) is not supported on SSD-backed tables "
                 f"{', '.join(t.name for t in self._config.embedding_tables)}; give every feature the same batch size"
             )
-        out: torch.Tensor = super().forward(features)
+        weights = features.weights_or_none()
+        if weights is not None and not weights.is_floating_point():
+            weights = None
+        # As they are: a prefetched batch is known by the memory of its ids.
+        out: torch.Tensor = self._emb_module(features.values(), features.offsets(), weights)
         return out
 
     def prefetch(self, features: KeyedJaggedTensor, forward_stream: Any = None) -> None:

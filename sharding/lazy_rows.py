@@ -77,8 +77,9 @@ class LazyRows(Tensor):
         name = self._columns.tbe.shards[self._columns.table].table.name
         return f"LazyRows({name!r}, rows {self._first} to {self._first + self.shape[0] - 1}, {tuple(self.shape)})"
 
-    def __deepcopy__(self, memo: Any) -> LazyRows:
-        return self
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        # A copy must keep what the rows are now.
+        return self.materialise()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialise().__reduce_ex__(protocol)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ class LocalTable:
             return self.owner.read_rows(self.place, ids)
         return self.owner.read(self.place, ids)
 
+    def check_idle(self) -> None:
+        """Raise `CacheFullError` when a batch in flight outside the slots will overwrite rows."""
+        if isinstance(self.owner, TurboSSDTableBatchedEmbeddingBags):
+            self.owner.check_writable()
+
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """Overwrite distinct local `ids` [N] with `rows` [N, row_bytes] uint8."""
         if isinstance(self.owner, TurboSSDTableBatchedEmbeddingBags):
@@ -49,21 +54,23 @@ class LocalTable:
             self.owner.write(self.place, ids, rows)
 
 
-def local_tables(lookups: Iterable[nn.Module], seed: int) -> list[LocalTable]:
-    """Every shard in `lookups` that can be read and written row by row.
+def local_tables(lookups: Iterable[nn.Module], seed: int, names: Collection[str]) -> list[LocalTable]:
+    """The shards of tables `names` in `lookups`, which can be read and written row by row.
 
-    Data-parallel tables are left out: TorchRec keeps them with the dense parameters.
+    Data-parallel tables are left out: TorchRec keeps them with the dense parameters. Raises `UnsupportedError` for a
+    stock kernel or optimizer whose rows cannot be read.
     """
     found: list[LocalTable] = []
     for lookup in lookups:
         for kernel in getattr(lookup, "_emb_modules", []):
-            found.extend(_tables_of(kernel, seed))
+            found.extend(_tables_of(kernel, seed, names))
     return found
 
 
-def _tables_of(kernel: Any, seed: int) -> list[LocalTable]:
+def _tables_of(kernel: Any, seed: int, names: Collection[str]) -> list[LocalTable]:
     config = kernel.config
-    if config.compute_kernel == EmbeddingComputeKernel.DENSE:
+    wanted = [(place, table) for place, table in enumerate(config.embedding_tables) if table.name in names]
+    if not wanted or config.compute_kernel == EmbeddingComputeKernel.DENSE:
         return []
     owner: TurboSSDTableBatchedEmbeddingBags | TrainingMemory
     if isinstance(kernel, TurboSSDEmbeddingBag):
@@ -79,7 +86,7 @@ def _tables_of(kernel: Any, seed: int) -> list[LocalTable]:
     optimizer = group_optimizer(config)
     return [
         LocalTable(shard=table_shard(table, optimizer, seed), metadata=table.local_metadata, place=place, owner=owner)
-        for place, table in enumerate(config.embedding_tables)
+        for place, table in wanted
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import weakref
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchrec_turbossd.errors import ConfigError
+from torchrec_turbossd.errors import ConfigError, StoreError
 from torchrec_turbossd.store.contract import RowStore
 from torchrec_turbossd.store.rocks import RocksRowStore, remove_store
 from torchrec_turbossd.store.routed import RoutedStore
@@ -51,7 +52,7 @@ class RankStores:
     ) -> None:
         self._options, (self._rank, self._local_rank) = options, ranks
         self._module = re.sub(r"[^A-Za-z0-9_.-]", "_", module) or "module"
-        self._stores: dict[Path, RowStore] = {}
+        self._stores: dict[Path, WriteBackStore] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._stores)
         tables: dict[Path, dict[str, int]] = {}
         for shard, own in shards:
@@ -71,7 +72,8 @@ class RankStores:
     def clear(self) -> None:
         """Remove every row."""
         for path, row_bytes in self._tables.items():
-            self._stores[path].close()
+            with contextlib.suppress(StoreError):
+                self._stores[path].discard()
             self._stores[path] = self._open(path, row_bytes)
         self.store.replace(self._by_key())
 
@@ -85,10 +87,9 @@ class RankStores:
         expanded = os.fspath(base).replace("@local_rank", str(self._local_rank))
         return Path(expanded) / f"rank_{self._rank}" / self._module
 
-    def _open(self, path: Path, row_bytes: dict[str, int]) -> RowStore:
-        if path.exists() and any(path.iterdir()):
+    def _open(self, path: Path, row_bytes: dict[str, int]) -> WriteBackStore:
+        if path.is_dir() and any(path.iterdir()):
             remove_store(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         inner = RocksRowStore(path, row_bytes, wal=False, read_threads=self._options.read_threads)
         return WriteBackStore(inner, max_pending_bytes=_MOST_PENDING_BYTES)
 
@@ -97,9 +98,11 @@ class RankStores:
         self._finalizer()
 
 
-def _close_all(stores: dict[Path, RowStore]) -> None:
+def _close_all(stores: dict[Path, WriteBackStore]) -> None:
     for store in stores.values():
-        store.close()
+        # Scratch: what could not be written is not wanted any more.
+        with contextlib.suppress(StoreError):
+            store.discard()
 
 
 __all__ = ["RankStores", "StoreOptions"]

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchrec_turbossd.errors import SnapshotError, UnsupportedError
+from torchrec_turbossd.errors import SnapshotError, StoreError, UnsupportedError
 from torchrec_turbossd.rows import initial_rows
-from torchrec_turbossd.sharding.checkpoint import everywhere, sharded_modules, together
+from torchrec_turbossd.sharding.checkpoint import sharded_modules
+from torchrec_turbossd.sharding.collective import everywhere, together
 from torchrec_turbossd.sharding.embeddingbag import TurboSSDShardedEmbeddingBagCollection
 from torchrec_turbossd.sharding.local_tables import LocalTable, in_windows
 from torchrec_turbossd.snapshot import Manifest, Part, ShardRange, verify
@@ -29,7 +30,8 @@ def load_snapshot(model: nn.Module, path: str | os.PathLike[str]) -> Manifest:
     """Give every sharded table of `model` the rows and optimizer state of a training snapshot. Collective.
 
     World size, sharding types, tiers and slots may differ from those that saved it. Rows pass through memory a window
-    at a time. Data-parallel tables and dense layers are the caller's to load.
+    at a time. Data-parallel tables, dense layers and learning rates (`Manifest.extra["learning_rates"]` has those of
+    tables on SSD) are the caller's to load.
 
     Args:
         path: on a file system that all ranks share; it is verified first, and not changed.
@@ -43,13 +45,16 @@ def load_snapshot(model: nn.Module, path: str | os.PathLike[str]) -> Manifest:
         FormatVersionError, CorruptError: see `torchrec_turbossd.snapshot.verify`.
         CacheFullError: a batch is in flight. ConfigError: the model has no module of this package.
             On all of these the model is unchanged.
-        StoreError: the disk failed while rows were copied; the model must be loaded again.
+        StoreError: a disk failed while rows were copied, here or on another rank; the model must be loaded again.
     """
     modules = [module for _, module in sharded_modules(model)]
     group = modules[0]._env.process_group
     manifest = together(group, lambda: verify(Path(path)), only=0)
     everywhere(group, lambda: _check(modules, manifest, Path(path)))
-    everywhere(group, lambda: _load(modules, manifest, Path(path)))
+    try:
+        everywhere(group, lambda: _load(modules, manifest, Path(path)))
+    except Exception as error:
+        raise StoreError(f"the model is half loaded from {path}: load again before it is used ({error})") from error
     dist.barrier(group=group)
     return manifest
 
@@ -70,7 +75,8 @@ def _check_table(table: LocalTable, manifest: Manifest, path: Path) -> None:
     for what in ("rows", "dim", "data_type", "state"):
         if getattr(ours, what) != getattr(theirs, what):
             raise SnapshotError(
-                f"table {ours.name!r}: {what} is {getattr(theirs, what)} in {path}, {getattr(ours, what)} in the model"
+                f"table {ours.name!r}: {what} is {_said(getattr(theirs, what))} in {path}, "
+                f"{_said(getattr(ours, what))} in the model; declare the table as it was saved, with the same optimizer"
             )
     if table.on_ssd and ours.init != theirs.init:
         raise SnapshotError(
@@ -80,6 +86,11 @@ def _check_table(table: LocalTable, manifest: Manifest, path: Path) -> None:
     shards = [s for part in manifest.parts for s in part.shards.values() if s.table == ours.name]
     if table.shard.cols != ours.dim or any(s.cols != ours.dim for s in shards):
         raise UnsupportedError(f"table {ours.name!r}: column shards cannot be loaded; shard it by table or by row")
+
+
+def _said(value: object) -> str:
+    """A field of a table in words: its optimizer state by name."""
+    return f"{[s.name for s in value]}" if isinstance(value, tuple) else str(value)
 
 
 def _load(modules: list[TurboSSDShardedEmbeddingBagCollection], manifest: Manifest, path: Path) -> None:

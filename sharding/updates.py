@@ -31,8 +31,18 @@ class RowUpdate:
     weights: Tensor
     state: Mapping[str, Tensor]
 
-    def check(self) -> None:
-        """Raise `InputError` or `RowIndexError` unless the update can be applied."""
+    def parts(self, shards: Sequence[ShardMetadata]) -> list[tuple[Tensor, Tensor]]:
+        """For each shard: (ids [M] int64, values [M, columns and state] float32), on the CPU.
+
+        Raises `InputError` or `RowIndexError` when the update cannot be applied.
+        """
+        self._check()
+        ids = self.ids.detach().to(device="cpu", dtype=torch.int64)
+        weights = self.weights.detach().cpu()
+        state = {name: value.detach().cpu() for name, value in self.state.items()}
+        return [self._columns(shard, ids, weights, state) for shard in shards]
+
+    def _check(self) -> None:
         name, table = self.table.name, self.table
         if self.ids.dim() != 1 or self.ids.dtype not in (torch.int32, torch.int64):
             raise InputError(f"table {name!r}: ids must be 1-D int32 or int64, got {self.ids.dim()}-D {self.ids.dtype}")
@@ -54,22 +64,28 @@ class RowUpdate:
             raise InputError(
                 f"table {self.table.name!r}: {what} must be floating {shape}, got {value.dtype} {tuple(value.shape)}"
             )
-        if not bool(torch.isfinite(value).all()):
-            raise InputError(f"table {self.table.name!r}: {what} must be finite, got NaN or infinity")
+        kept = value.to(TRAINING_TYPES[self.table.data_type]) if what == "weights" else value
+        if not bool(torch.isfinite(kept).all()):
+            raise InputError(
+                f"table {self.table.name!r}: {what} must be finite as {self.table.data_type}, got NaN, infinity or too "
+                "large numbers"
+            )
 
-    def columns(self, shard: ShardMetadata) -> tuple[Tensor, Tensor]:
-        """The part that belongs to one shard: (ids [M] int64, values [M, columns and state] float32)."""
+    def _columns(
+        self, shard: ShardMetadata, ids: Tensor, weights: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         (row, col), (rows, cols) = shard.shard_offsets, shard.shard_sizes
-        here = (self.ids >= row) & (self.ids < row + rows)
-        parts = [self.weights[here, col : col + cols]]
-        for spec in self.table.state if self.state else ():
-            value = self.state[spec.name][here]
-            parts.append(value.unsqueeze(1) if spec.per_row else value[:, col : col + cols])
-        return self.ids[here].to(torch.int64), torch.cat([p.to(torch.float32) for p in parts], dim=1)
+        here = (ids >= row) & (ids < row + rows)
+        columns = [weights[here, col : col + cols]]
+        for spec in self.table.state if state else ():
+            value = state[spec.name][here]
+            columns.append(value.unsqueeze(1) if spec.per_row else value[:, col : col + cols])
+        return ids[here], torch.cat([c.to(torch.float32) for c in columns], dim=1)
 
 
 def route(
-    update: RowUpdate | None,
+    parts: Sequence[tuple[Tensor, Tensor]] | None,
+    with_state: bool,
     state_widths: Sequence[int],
     shards: Sequence[ShardMetadata],
     group: ProcessGroup | None,
@@ -78,7 +94,8 @@ def route(
     """Send rows to the ranks of their shards. Collective: every rank of `group` calls it for the same table.
 
     Args:
-        update: this rank's rows, already checked; None says that they were refused, and then every rank raises.
+        parts: this rank's rows, by shard; None says that they were refused, and then every rank raises.
+        with_state: whether they carry optimizer state.
         state_widths: state columns of a row of each shard, when state comes along.
         shards: all shards of the table.
         device: where collectives of `group` work.
@@ -88,15 +105,15 @@ def route(
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     owners = [_rank_of(shard) for shard in shards]
-    parts = [update.columns(shard) for shard in shards] if update is not None else []
-    head = [int(update is not None), int(bool(update.state) if update is not None else 0)]
-    counts = [ids.numel() for ids, _ in parts] if update is not None else [0] * len(shards)
+    head = [int(parts is not None), int(with_state)]
+    counts = [ids.numel() for ids, _ in parts] if parts is not None else [0] * len(shards)
     table = torch.tensor(head + counts, dtype=torch.int64, device=device)
     everyone = [torch.empty_like(table) for _ in range(world)]
     dist.all_gather(everyone, table, group=group)
     heads = torch.stack(everyone).tolist()
     _agree(heads)
-    with_state = any(h[1] for h in heads)
+    parts = parts or []
+    with_state = any(h[1] for h in heads if sum(h[2:]))
     mine = [place for place, owner in enumerate(owners) if owner == rank]
     order = sorted(range(len(shards)), key=lambda place: owners[place])
     width = [s.shard_sizes[1] + (extra if with_state else 0) for s, extra in zip(shards, state_widths, strict=True)]
@@ -120,8 +137,9 @@ def _agree(heads: list[list[int]]) -> None:
     refused = [rank for rank, head in enumerate(heads) if not head[0]]
     if refused:
         raise InputError(f"the rows of rank {', '.join(map(str, refused))} were refused there; nothing was changed")
-    stateless = [rank for rank, head in enumerate(heads) if sum(head[2:]) and not head[1]]
-    if stateless and any(head[1] for head in heads):
+    giving = {rank: head[1] for rank, head in enumerate(heads) if sum(head[2:])}
+    stateless = [rank for rank, with_state in giving.items() if not with_state]
+    if stateless and any(giving.values()):
         raise InputError(
             f"some ranks gave optimizer state, but rank {', '.join(map(str, stateless))} did not; nothing was changed"
         )

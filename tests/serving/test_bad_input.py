@@ -59,7 +59,7 @@ UPDATES: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "a replaced row": ((ids(1, 1), torch.tensor([[float("inf")] * 8, [1.0] * 8]), "a"), InputError, "finite"),
     "id too large": ((ids(0, 50), torch.ones(2, 8), "a"), RowIndexError, "table 'a' has rows 0 to 49"),
     "negative id": ((ids(0, -1), torch.ones(2, 8), "a"), RowIndexError, "-1"),
-    "linear id too large": ((ids(70), torch.ones(1, 4)), RowIndexError, "2 tables together has rows 0 to 69"),
+    "linear id too large": ((ids(70), torch.ones(1, 4)), RowIndexError, "whole of 2 tables has rows 0 to 69"),
     "linear ids, one width wrong": ((ids(0, 60), torch.ones(2, 8)), InputError, "4 wide"),
     "unknown table": ((ids(0), torch.ones(1, 8), "z"), UnknownTableError, "no table 'z'"),
     "version below zero": ((ids(0), torch.ones(1, 8), "a", -1), InputError, "version"),

@@ -249,7 +249,7 @@ def test_a_name_is_open_once(module: TurboSSDInferenceModule, tmp_path: Path) ->
 def test_a_name_holds_its_tables(module: TurboSSDInferenceModule, tmp_path: Path) -> None:
     module.close()
     other = [("a", 50, 4, SparseType.FP16), ("c", 20, 4, SparseType.FP32)]
-    with pytest.raises(ConfigError, match=r"'a' of 50 x 8 INT8 there is 'a' of 50 x 4 FP16 here; 'c' is not there"):
+    with pytest.raises(ConfigError, match=r"'a' is 50 x 8 INT8 there and 50 x 4 FP16 in the module; 'c' is not there"):
         build(other, tmp_path, device="cpu", name="m")
     build(SPECS[1:], tmp_path, device="cpu", name="m").close()
 
@@ -313,3 +313,32 @@ def test_an_update_that_returned_survives_a_kill(tmp_path: Path) -> None:
     assert done.returncode == -9, done.stderr
     with build([("a", 50, 8, SparseType.FP32)], tmp_path, device="cpu", name="m") as module:
         assert (module(torch.arange(50), torch.arange(51)) == 5.0).all()
+
+
+def test_an_update_in_the_store_is_made_even_if_slots_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with build(SPECS, tmp_path, device="cpu", output_dtype=SparseType.FP32) as module:
+        every_row(module)
+        usual = module.tbe.rows.memory.write
+
+        def fail(table: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+            if table == 1:
+                raise torch.OutOfMemoryError("planted")
+            usual(table, slots, rows)
+
+        both = torch.zeros(2, module.max_D_cache, dtype=torch.uint8)
+        both[0, :12] = quantise(torch.ones(1, 8), SparseType.INT8)
+        both[1, :16] = quantise(torch.ones(1, 4), SparseType.FP32)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.tbe.rows.memory, "write", fail)
+            module.streaming_update(ids(3, 50 + 3), both)
+        out = module(ids(3, 3), ids(0, 1, 2))
+        assert (out == 1.0).all(), "all of the update, or none of it"
+        module.tbe.rows.cache.check()
+
+
+def test_a_snapshot_within_the_own_folder_is_refused(tmp_path: Path) -> None:
+    with build(SPECS, tmp_path, device="cpu", name="m") as module, pytest.raises(SnapshotError, match="own folder"):
+        module.save_snapshot(module.directory / "snapshot")
+    build(SPECS, tmp_path, device="cpu", name="m").close()

@@ -71,6 +71,14 @@ def batch(step: int, rank: int, *, weighted: bool = False) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths, weights=weights)
 
 
+def big_batch() -> KeyedJaggedTensor:
+    """More distinct rows than any small cache holds."""
+    keys = [f for names in FEATURES.values() for f in names]
+    lengths = torch.zeros(len(keys) * BATCH, dtype=torch.int64)
+    lengths[0] = ROWS["big"]
+    return KeyedJaggedTensor(keys=keys, values=torch.arange(ROWS["big"]), lengths=lengths)
+
+
 def fused_params(optimizer: EmbOptimType, **more: Any) -> dict[str, Any]:
     return {"optimizer": optimizer, "learning_rate": 0.1, "eps": 1e-6, **more}
 

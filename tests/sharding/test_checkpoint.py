@@ -14,10 +14,20 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.sharding.models import DIM, ROWS, batch, local_rows, make_dmp, optimizer_rows, train
-from torchrec_turbossd.errors import CacheFullError, ConfigError, CorruptError, SnapshotError
+from torchrec_turbossd.errors import (
+    CacheFullError,
+    ConfigError,
+    CorruptError,
+    SnapshotError,
+    StoreError,
+    StoreFullError,
+    UnsupportedError,
+)
 from torchrec_turbossd.sharding import load_snapshot, save_snapshot
+from torchrec_turbossd.sharding.checkpoint import _by_name, _RankPart
 from torchrec_turbossd.snapshot import read_manifest, verify
 from torchrec_turbossd.store import RocksRowStore
+from torchrec_turbossd.tables import TableSpec
 
 ADAGRAD = EmbOptimType.EXACT_ROWWISE_ADAGRAD
 SLOTS = {"big": 120, "wide": 60}
@@ -33,8 +43,18 @@ def _save(rank: int, world: int, sharding: str, directory: Path) -> dict[str, li
         save_snapshot(dmp, directory / "training")
     with pytest.raises(ConfigError, match="kind"):
         save_snapshot(dmp, directory / "other", kind="weights")
-    with pytest.raises(ConfigError, match="data_types"):
-        save_snapshot(dmp, directory / "other", kind="serving")
+    for wrong, said in (
+        ({"kind": "serving"}, "data_types"),
+        ({"kind": "serving", "data_types": "int8"}, "SparseType.INT8"),
+        ({"kind": "serving", "data_types": {"big": "int8"}}, "data_types\\['big'\\]"),
+        ({"data_types": SparseType.INT8}, "training snapshot keeps"),
+        ({"version": -1}, "0 or more"),
+        ({"version": 1.5}, "0 or more"),
+        ({"extra": {"x": torch.ones(1)}}, "extra\\['x'\\]"),
+        ({"extra": {"learning_rates": 1}}, "another key"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            save_snapshot(dmp, directory / "other", **wrong)
     served = save_snapshot(dmp, directory / "serving", kind="serving", data_types=SparseType.INT8)
     if (manifest.kind, manifest.version, manifest.extra["step"], served.kind) != ("training", 7, 10, "serving"):
         raise AssertionError(str(manifest))
@@ -81,6 +101,10 @@ def _first_run(rank: int, world: int, sharding: str, directory: Path) -> None:
     dmp.module.ebc.close()
 
 
+def _full_disk(*args: Any) -> None:
+    raise StoreFullError("planted")
+
+
 def _second_run(rank: int, world: int, sharding: str, directory: Path) -> dict[str, Any]:
     """Weights and state after loading into a model that had trained on something else."""
     dmp = make_dmp(world, sharding, ADAGRAD, directory / f"second-{sharding}-{world}", {"big": 150, "small": 20})
@@ -99,6 +123,11 @@ def _second_run(rank: int, world: int, sharding: str, directory: Path) -> dict[s
         for x, y in zip(v, local_rows(dmp.state_dict())[k], strict=True)
     ):
         raise AssertionError("a refused load changed rows")
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == world - 1:
+            patch.setattr("torchrec_turbossd.sharding.restore.clone_directory", _full_disk)
+        with pytest.raises(StoreError, match="half loaded"):
+            load_snapshot(dmp, directory / "saved")
     manifest = load_snapshot(dmp, directory / "saved")
     found = {**local_rows(dmp.state_dict()), **optimizer_rows(dmp), "step": manifest.extra["step"]}
     dmp.module.ebc.close()
@@ -138,3 +167,12 @@ def _reference(rank: int, world: int, directory: Path) -> dict[str, Any]:
     dmp = make_dmp(world, "row_wise", ADAGRAD, None, None)
     train(dmp, rank, range(10))
     return {**local_rows(dmp.state_dict()), **optimizer_rows(dmp)}
+
+
+def test_modules_that_share_a_table_name_are_refused() -> None:
+    table = TableSpec(name="t", rows=9, dim=4)
+    ranks = [_RankPart(tables={("user", "t"): table}), _RankPart(tables={("user", "t"): table, ("item", "u"): table})]
+    assert list(_by_name(ranks)) == ["u", "t"]
+    ranks[1].tables["item", "t"] = table
+    with pytest.raises(UnsupportedError, match="'item' and 'user' both have a table 't'"):
+        _by_name(ranks)

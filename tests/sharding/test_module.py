@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from tests.sharding.models import (
     ROWS,
     Model,
     batch,
+    big_batch,
     initial,
     local_rows,
     make_dmp,
@@ -25,6 +29,7 @@ from tests.sharding.models import (
     train,
 )
 from torchrec_turbossd.errors import (
+    CacheFullError,
     ClosedError,
     ConfigError,
     InputError,
@@ -63,7 +68,10 @@ def _state(rank: int, world: int, sharding: str, directory: Path) -> dict[str, b
     third.load_state_dict(stock.state_dict())
     third.fused_optimizer.load_state_dict(stock.fused_optimizer.state_dict())
     seen["from FUSED"] = _equal(local_rows(stock.state_dict()), local_rows(third.state_dict()))
+    kept, before = copy.deepcopy(first.state_dict()), local_rows(first.state_dict())
     after = [train(dmp, rank, range(8, 14)) for dmp in (first, second, third, stock)]
+    second.load_state_dict(kept)
+    seen["a deep copy keeps its rows"] = _equal(before, local_rows(second.state_dict()))
     seen["trains on alike"] = all(
         torch.equal(x, y) for other in after[1:] for x, y in zip(after[0], other, strict=True)
     )
@@ -161,11 +169,18 @@ def _bad_updates(rank: int, world: int, directory: Path) -> None:
         (InputError, torch.tensor([1]), torch.ones(2, DIM)),
         (InputError, torch.tensor([1]), torch.full((1, DIM), float("nan"))),
         (InputError, torch.tensor([1]), torch.ones(1, DIM, dtype=torch.int32)),
+        (InputError, torch.tensor([1], device="meta"), torch.ones(2, DIM)),
     ]
     for error, ids, rows in cases:
         # Only rank 0's rows are bad; both ranks must raise, and neither may hang or change.
         with pytest.raises(error if rank == 0 else InputError):
             ebc.streaming_update(*((ids, rows) if rank == 0 else good), "big")
+    # A batch is in flight outside the slots: no rank may change anything.
+    out = ebc(big_batch()) if rank == 0 else ebc(batch(0, rank))
+    with pytest.raises((CacheFullError, InputError)):
+        ebc.streaming_update(*good, "big")
+    del out
+    gc.collect()
     with pytest.raises(UnknownTableError, match="'wide'"):
         ebc.streaming_update(*good, "nope")
     with pytest.raises(InputError, match="momentum1"):
@@ -186,6 +201,13 @@ def test_bad_updates_are_refused_on_every_rank(tmp_path: Path) -> None:
     run_ranks(2, _bad_updates, tmp_path)
 
 
+def _only(features: KeyedJaggedTensor, kernel: Any, dtype: torch.dtype) -> KeyedJaggedTensor:
+    """The features that a kernel looks up, with ids of a type."""
+    names = [name for table in kernel.config.embedding_tables for name in table.feature_names]
+    part = features.permute([features.keys().index(name) for name in names])
+    return KeyedJaggedTensor(keys=names, values=part.values().to(dtype), lengths=part.lengths())
+
+
 def _refusals(rank: int, world: int, directory: Path) -> None:
     with pytest.raises(UnsupportedError, match="ADAM"):
         make_dmp(world, "table_wise", EmbOptimType.ADAM, directory / "adam", SLOTS)
@@ -193,7 +215,26 @@ def _refusals(rank: int, world: int, directory: Path) -> None:
     next(c for c in model.ebc.embedding_bag_configs() if c.name == "big").init_fn = torch.nn.init.zeros_
     with pytest.raises(UnsupportedError, match="init_fn"):
         make_dmp(world, "table_wise", ADAGRAD, directory / "init", SLOTS, model)
+    model = Model()
+    other = functools.partial(torch.nn.init.uniform_, a=5.0, b=6.0)
+    next(c for c in model.ebc.embedding_bag_configs() if c.name == "big").init_fn = other
+    with pytest.raises(UnsupportedError, match="init_fn"):
+        make_dmp(world, "table_wise", ADAGRAD, directory / "uniform", SLOTS, model)
+    # Nothing on SSD, so any optimizer goes; what cannot be read row by row is told when it is asked for.
+    resident = make_dmp(world, "table_wise", EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD, directory / "ema", {})
+    with pytest.raises(UnsupportedError, match="one by one"):
+        resident.module.ebc.streaming_update(torch.tensor([1]), torch.ones(1, DIM), "big")
+    resident.module.ebc.close()
     dmp = make_dmp(world, "table_wise", ADAGRAD, directory / "ok", SLOTS)
+    for kernel in dmp.module.ebc._kernels():
+        features = batch(1, rank)
+        wanted = kernel(_only(features, kernel, torch.int64))
+        for _ in range(3):
+            ids = _only(features, kernel, torch.int32)
+            kernel.prefetch(ids)
+            if not torch.equal(kernel(ids), wanted) or kernel.emb_module._prefetched:
+                raise AssertionError("a prefetched batch of int32 ids was not taken up")
+    del wanted
     with pytest.raises(UnsupportedError, match="in place"):
         dmp.module.ebc.update_shards({}, None, None)
     short = KeyedJaggedTensor(
@@ -209,7 +250,7 @@ def _refusals(rank: int, world: int, directory: Path) -> None:
     train(dmp, rank, range(3))
     after = dmp.module.ebc.read_stats()
     for name in after:
-        if not after[name].read_total_count > reads[name].read_total_count == 0:
+        if not after[name].read_total_count > reads[name].read_total_count:
             raise AssertionError(f"{name}: {after[name]}")
     if dmp.module.ebc.slots != SLOTS:
         raise AssertionError(f"slots {dmp.module.ebc.slots}")

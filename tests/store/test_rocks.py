@@ -135,7 +135,7 @@ def test_a_torn_format_file_is_damage(tmp_path: Path) -> None:
 def test_a_store_has_one_writer(tmp_path: Path) -> None:
     store = RocksRowStore(tmp_path / "a", SIZES)
     store.write(batch_of([1]))
-    with pytest.raises(StoreLockedError, match="open elsewhere"):
+    with pytest.raises(StoreLockedError, match="is open in"):
         RocksRowStore(tmp_path / "a", {**SIZES, "new": 4})
     with pytest.raises(StoreLockedError):
         remove_store(tmp_path / "a")

@@ -197,3 +197,54 @@ def test_checkpoint_and_scan_hold_what_was_written_before(store: WriteBackStore,
 def test_a_limit_that_makes_no_sense_is_refused(inner: Gated) -> None:
     with pytest.raises(ConfigError, match="max_pending_bytes"):
         WriteBackStore(inner, max_pending_bytes=0)
+
+
+def test_discarding_writes_nothing_more_whatever_the_state(store: WriteBackStore, inner: Gated) -> None:
+    inner.failure = StoreFullError("planted")
+    store.write(batch_of([1]))
+    store.write(batch_of([2]))
+    inner.go.set()
+    wait_until_failed(store)
+    store.discard()
+    assert not inner.calls
+    store.discard()
+    with pytest.raises(ClosedError):
+        store.write(batch_of([3]))
+    with pytest.raises(ClosedError):
+        inner.read("users", torch.tensor([1]))
+
+
+def test_discarding_frees_whoever_waits_for_room(store: WriteBackStore, inner: Gated) -> None:
+    store.write(batch_of(list(range(7000))))
+    said: list[Exception] = []
+
+    def write() -> None:
+        try:
+            store.write(batch_of(list(range(7000))))
+        except ClosedError as error:
+            said.append(error)
+
+    waiting = threading.Thread(target=write)
+    waiting.start()
+    time.sleep(0.05)
+    threading.Timer(0.05, inner.go.set).start()
+    store.discard()
+    waiting.join(20)
+    assert not waiting.is_alive() and said
+
+
+def test_the_background_thread_itself_may_discard(inner: Gated) -> None:
+    """As the garbage collector does when it runs there."""
+    store = WriteBackStore(inner, max_pending_bytes=100_000)
+    usual = MemoryRowStore.write
+
+    def write(batch: Mapping[str, Rows]) -> None:
+        store.discard()
+        usual(inner, batch)
+
+    inner.write = write  # type: ignore[method-assign]
+    store.write(batch_of([1]))
+    store._thread.join(20)
+    assert not store._thread.is_alive()
+    with pytest.raises(ClosedError):
+        inner.read("users", torch.tensor([1]))

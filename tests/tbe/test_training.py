@@ -148,7 +148,9 @@ def test_a_batch_outside_the_slots_never_mixes_with_one_in_flight(device: str) -
     outside = pair.ours(*large)
     with pytest.raises(CacheFullError, match="earlier batch"):
         pair.ours(*pair.batch(1))
-    with pytest.raises(CacheFullError, match="earlier batch"):
+    with torch.no_grad():
+        assert torch.equal(pair.ours(*large), outside)
+    with pytest.raises(CacheFullError, match="will overwrite"):
         pair.ours.write_rows(0, torch.tensor([3]), pair.ours.read_rows(0, torch.tensor([3])))
     outside.sum().backward()
     pair.ours(*pair.batch(1))
@@ -287,3 +289,42 @@ def test_prefetch_on_a_stream_of_its_own() -> None:
         mine.backward(gradient)
         theirs.backward(gradient)
     pair.same()
+
+
+def test_a_forward_that_fails_holds_no_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(device, (60, 40))
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.ours, "_call", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            pair.ours(*pair.batch(1))
+    assert pair.ours.rows.cache.pinned_slots == 0
+    pair.step(1)
+    pair.same()
+
+
+def test_a_dropped_batch_outside_the_slots_is_no_obstacle(device: str) -> None:
+    pair = Pair(device, (5, 5))
+    out = pair.ours(*pair.batch(1))
+    ids, rows = torch.tensor([3]), pair.ours.read_rows(0, torch.tensor([3]))
+    with pytest.raises(CacheFullError, match="will overwrite"):
+        pair.ours.write_rows(0, ids, rows)
+    del out
+    gc.collect()
+    pair.ours.write_rows(0, ids, rows)
+
+
+def test_batches_nobody_comes_for_let_their_rows_go(device: str) -> None:
+    pair = Pair(device, ROWS)
+    for seed in range(20):
+        pair.ours.prefetch(*pair.batch(seed))
+    assert len(pair.ours._prefetched) == 8
+    ids, offsets = pair.batch(30)
+    pair.ours.prefetch(ids, offsets)
+    ids.zero_()
+    assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets)), "ids written over after their prefetch"
+    pair.ours.close()
+    assert pair.ours.rows.cache.pinned_slots > 0, "the last output still has a graph"

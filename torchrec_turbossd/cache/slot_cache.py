@@ -62,10 +62,10 @@ class SlotCache:
         self.rows, self.slots, self.device = list(rows), list(slots), device
         self.bases = torch.tensor([0, *rows], dtype=torch.int64).cumsum(0).to(device)
         self.slot_bases = torch.tensor([0, *[n + 1 for n in slots]], dtype=torch.int64).cumsum(0).to(device)
-        self._base_of = self.bases.tolist()
-        self._slot_base_of = self.slot_bases.tolist()
-        total = self._slot_base_of[-1]
-        self.map = SlotMap(self._base_of[-1], device)
+        self.base_of: list[int] = self.bases.tolist()
+        self.slot_base_of: list[int] = self.slot_bases.tolist()
+        total = self.slot_base_of[-1]
+        self.map = SlotMap(self.base_of[-1], device)
         self._owners = torch.full((total,), FREE, dtype=torch.int64, device=device)
         self._pins = torch.zeros(total, dtype=torch.int32, device=device)
         self._dirty = torch.zeros(total, dtype=torch.bool, device=device)
@@ -78,7 +78,7 @@ class SlotCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the slot map and of the bookkeeping beside each slot."""
-        return self.map.nbytes + self._slot_base_of[-1] * BYTES_PER_SLOT
+        return self.map.nbytes + self.slot_base_of[-1] * BYTES_PER_SLOT
 
     def lookup(self, positions: Tensor) -> Tensor:
         """Slots of slot map `positions` [N] (local id + base): [N] int32, 0 for absent."""
@@ -86,7 +86,7 @@ class SlotCache:
 
     def slots_of(self, table: int, ids: Tensor) -> Tensor:
         """Slots of local `ids` [N] of one table: [N] int64, 0 for absent."""
-        return self.map.get(ids + self._base_of[table]).to(torch.int64)
+        return self.map.get(ids + self.base_of[table]).to(torch.int64)
 
     def touch(self, table: int, slots: Tensor) -> None:
         """These slots of a table were read; kept aside until a victim is needed, so that a hit costs nothing more."""
@@ -121,7 +121,7 @@ class SlotCache:
                     f"{count} rows need {short} slots emptied, but pins leave only {evicted.numel()} of "
                     f"{self.slots[table]} free to go"
                 )
-        at = evicted + self._slot_base_of[table]
+        at = evicted + self.slot_base_of[table]
         return Reservation(
             table=table,
             ids=ids,
@@ -132,7 +132,7 @@ class SlotCache:
         )
 
     def _evictable(self, table: int, slots: Tensor) -> Tensor:
-        at = slots + self._slot_base_of[table]
+        at = slots + self.slot_base_of[table]
         return (self._owners[at] != FREE) & (self._pins[at] == 0)
 
     def _peek_free(self, table: int, count: int) -> Tensor:
@@ -146,7 +146,7 @@ class SlotCache:
 
     def commit(self, reservation: Reservation) -> None:
         """Make a reservation true: evicted ids become absent, the new ids present, clean and unpinned."""
-        table, base = reservation.table, self._base_of[reservation.table]
+        table, base = reservation.table, self.base_of[reservation.table]
         free = reservation.slots.numel() - reservation.evicted_slots.numel()
         held = sum(f.numel() for f in self._freed[table])
         if held:
@@ -155,7 +155,7 @@ class SlotCache:
         self._unused[table] += max(free - held, 0)
         self.map.clear(reservation.evicted_ids + base)
         self.map.set(reservation.ids + base, reservation.slots)
-        at = reservation.slots + self._slot_base_of[table]
+        at = reservation.slots + self.slot_base_of[table]
         self._owners.index_copy_(0, at, reservation.ids)
         self._dirty.index_fill_(0, at, False)
         self._policies[table].admitted(reservation.slots)
@@ -165,8 +165,8 @@ class SlotCache:
         slots = self.slots_of(table, ids)
         if slots.numel() == 0:
             return
-        at = slots + self._slot_base_of[table]
-        self.map.clear(ids + self._base_of[table])
+        at = slots + self.slot_base_of[table]
+        self.map.clear(ids + self.base_of[table])
         self._owners.index_fill_(0, at, FREE)
         self._dirty.index_fill_(0, at, False)
         self._freed[table].append(slots)
@@ -181,15 +181,15 @@ class SlotCache:
 
     def clean(self, table: int, slots: Tensor) -> None:
         """The rows in `slots` [N] of a table are as in the store."""
-        self._dirty.index_fill_(0, slots + self._slot_base_of[table], False)
+        self._dirty.index_fill_(0, slots + self.slot_base_of[table], False)
 
     def pinned(self, table: int, slots: Tensor) -> Tensor:
         """Which of `slots` [N] of a table a batch in flight holds: [N] bool."""
-        return self._pins[slots + self._slot_base_of[table]] > 0
+        return self._pins[slots + self.slot_base_of[table]] > 0
 
     def is_dirty(self, table: int, slots: Tensor) -> Tensor:
         """Which of `slots` [N] of a table hold rows that differ from the store's: [N] bool."""
-        return self._dirty[slots + self._slot_base_of[table]]
+        return self._dirty[slots + self.slot_base_of[table]]
 
     def dirty(self, table: int) -> tuple[Tensor, Tensor]:
         """(ids, slots) of a table's dirty rows."""
@@ -200,7 +200,7 @@ class SlotCache:
         return self._where(table, self._owners != FREE)
 
     def _where(self, table: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-        first, last = self._slot_base_of[table], self._slot_base_of[table + 1]
+        first, last = self.slot_base_of[table], self.slot_base_of[table + 1]
         slots = torch.nonzero(mask[first:last]).flatten()
         return self._owners[slots + first], slots
 
@@ -209,7 +209,7 @@ class SlotCache:
         present = self.map.present()
         seen = 0
         for table, slots in enumerate(self.slots):
-            first, last = self._slot_base_of[table], self._slot_base_of[table + 1]
+            first, last = self.slot_base_of[table], self.slot_base_of[table + 1]
             ids, held = self.resident(table)
             seen += ids.numel()
             freed = torch.cat([*self._freed[table], held[:0]])

@@ -196,11 +196,14 @@ def match_tables(held: Sequence[TableSpec], wanted: Sequence[TableSpec], where: 
         if found is None:
             faults.append(f"{table.name!r} is not there")
         elif (found.rows, found.dim, found.data_type) != (table.rows, table.dim, table.data_type):
-            faults.append(f"{_shape(found)} there is {_shape(table)} here")
+            faults.append(f"{table.name!r} is {_shape(found)} there and {_shape(table)} in the module")
         else:
             matched.append(replace(table, init=found.init))
     if faults:
-        raise ConfigError(f"{where} does not hold the module's tables: {'; '.join(faults)}")
+        raise ConfigError(
+            f"{where} does not hold the module's tables: {'; '.join(faults)}; declare them alike, or convert the "
+            "snapshot with other data_types"
+        )
     return matched
 
 
@@ -217,7 +220,7 @@ def _is_temporary(name: str) -> bool:
 
 
 def _shape(table: TableSpec) -> str:
-    return f"{table.name!r} of {table.rows} x {table.dim} {table.data_type.name}"
+    return f"{table.rows} x {table.dim} {table.data_type.name}"
 
 
 __all__ = [

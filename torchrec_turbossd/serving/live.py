@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torchrec_turbossd.errors import ClosedError, TurboSSDError
+from torchrec_turbossd.errors import ClosedError, SnapshotError, TurboSSDError
 from torchrec_turbossd.serving.config import ServingConfig, read_threads
 from torchrec_turbossd.serving.generations import (
     ROWS,
@@ -161,6 +161,8 @@ class LiveRows:
 
     def save(self, path: Path | str, version: int | None) -> Manifest:
         """Write a serving snapshot; updates wait while the checkpoint is taken, not while files are read."""
+        if self.directory in (Path(path).absolute(), *Path(path).absolute().parents):
+            raise SnapshotError(f"{path} is within the module's own folder {self.directory}; save it elsewhere")
         with staging_directory(path) as staging:
             # The most of what is to be written is written without the lock.
             self._live.store.flush()

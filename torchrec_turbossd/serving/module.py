@@ -67,7 +67,8 @@ class TurboSSDInferenceModule(nn.Module):
         at least.
 
         Raises:
-            ConfigError, UnsupportedError: an argument that cannot be honoured; or `name` holds other tables.
+            ConfigError, UnsupportedError: an argument that cannot be honoured; or `name` lacks one of the tables, or
+                has it in another size or type (tables of `name` that are not asked for are kept).
             BudgetError: `hbm_budget_gb` does not hold the least slots.
             UnknownTableError: `access` or `default_row` names no table.
             StoreError, StoreLockedError, ForeignDirectoryError, CorruptError: the directory.

@@ -39,7 +39,7 @@ def parse_update(tables: Sequence[TableSpec], indices: Tensor, weights: Tensor, 
         _check_range(ids, tables[place].rows, f"table {table!r}")
     else:
         bases = [0, *accumulate(t.rows for t in tables)]
-        _check_range(ids, bases[-1], f"the {len(tables)} tables together")
+        _check_range(ids, bases[-1], f"the whole of {len(tables)} table{'s' * (len(tables) > 1)}")
         parts = _by_table(ids, bases)
     widest = max_row_width(tables)
     weights = weights.detach().cpu()

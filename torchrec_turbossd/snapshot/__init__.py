@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchrec_turbossd.snapshot.convert import convert_to_serving
+from torchrec_turbossd.snapshot.convert import check_data_types, convert_to_serving
 from torchrec_turbossd.snapshot.manifest import MANIFEST_FILE, FileDigest, Manifest, Part, ShardRange
 from torchrec_turbossd.snapshot.verify import read_manifest, verify
 from torchrec_turbossd.snapshot.write import commit_snapshot, digest_part, new_staging, snapshot_part, staging_directory
@@ -13,6 +13,7 @@ __all__ = [
     "Manifest",
     "Part",
     "ShardRange",
+    "check_data_types",
     "commit_snapshot",
     "convert_to_serving",
     "digest_part",

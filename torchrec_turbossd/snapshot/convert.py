@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
@@ -85,7 +86,22 @@ def convert_to_serving(
     return converted
 
 
+def check_data_types(data_types: Any) -> None:
+    """Raise `ConfigError` unless these are a `SparseType`, or one for each of some tables by name."""
+    if isinstance(data_types, SparseType):
+        return
+    if not isinstance(data_types, Mapping):
+        raise ConfigError(
+            "data_types must be a SparseType such as SparseType.INT8, or a mapping of table name to SparseType, got "
+            f"{data_types!r}"
+        )
+    for name, found in data_types.items():
+        if not isinstance(found, SparseType):
+            raise ConfigError(f"data_types[{name!r}] must be a SparseType such as SparseType.INT8, got {found!r}")
+
+
 def _types(manifest: Manifest, data_types: SparseType | Mapping[str, SparseType]) -> dict[str, SparseType]:
+    check_data_types(data_types)
     names = [t.name for t in manifest.tables]
     if isinstance(data_types, SparseType):
         return dict.fromkeys(names, data_types)
@@ -150,4 +166,4 @@ def _copy(windows: Iterator[tuple[int, str, Rows]], store: RowStore, total: int,
             progress(passed, total)
 
 
-__all__ = ["Progress", "convert_to_serving"]
+__all__ = ["Progress", "check_data_types", "convert_to_serving"]

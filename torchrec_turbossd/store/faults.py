@@ -65,7 +65,11 @@ def _translate(path: Path, text: str) -> StoreError:
     if "Corruption" in plain or "No such file or directory" in plain:
         return CorruptError(f"the row store at {path} is damaged: {text}; restore it from a snapshot")
     if any(word in plain for word in _LOCKED_WORDS):
-        return StoreLockedError(f"the row store at {path} is open elsewhere ({text}); close that first")
+        if "current process" in plain:
+            return StoreLockedError(f"the row store at {path} is open in this process already; close() that first")
+        return StoreLockedError(
+            f"the row store at {path} is open in another process; end that, or give each job a directory of its own"
+        )
     if any(word in plain for word in _FULL_WORDS):
         return full_error(path, text)
     if any(word in plain for word in _READ_ONLY_WORDS):

@@ -60,6 +60,12 @@ class Gate:
         finally:
             self._leave_alone()
 
+    def shut(self) -> None:
+        """Refuse later calls, without waiting for those in flight."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def _take_alone(self) -> None:
         self._changed.wait_for(lambda: not self._alone)
         self._alone = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_turbossd.errors import ConfigError, StoreError
+from torchrec_turbossd.errors import ClosedError, ConfigError, StoreError
 from torchrec_turbossd.store.contract import Rows, RowStore
 from torchrec_turbossd.store.gate import Gate
 
@@ -85,6 +86,7 @@ class WriteBackStore(RowStore):
         self._applied = 0
         self._applying = False
         self._stopping = False
+        self._discarding = False
         self._error: Exception | None = None
         self._told = False
         self._thread = threading.Thread(target=self._apply_all, name="turbossd-write-back", daemon=True)
@@ -131,7 +133,8 @@ class WriteBackStore(RowStore):
                 return
             size = _Batch(parts, 0).size
             with self._changed:
-                self._changed.wait_for(lambda: self._error is not None or self._has_room(size))
+                self._changed.wait_for(lambda: self._stopping or self._error is not None or self._has_room(size))
+                self._raise_discarded()
                 self._raise_kept()
                 self._written += 1
                 self._append(_Batch(parts, self._written))
@@ -159,7 +162,7 @@ class WriteBackStore(RowStore):
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or (self._queue and self._error is None))
                 if self._stopping:
-                    return
+                    break
                 batch = self._queue[0]
                 self._applying = True
             error: Exception | None = None
@@ -175,6 +178,14 @@ class WriteBackStore(RowStore):
                     self._applied = batch.last
                 self._error, self._told = error, False
                 self._changed.notify_all()
+        if self._discarding:
+            # Here, because the thread that asked may be this one, in the middle of a write to `inner`.
+            with contextlib.suppress(StoreError):
+                self.inner.close()
+
+    def _raise_discarded(self) -> None:
+        if self._stopping:
+            raise ClosedError("the write-back row store was discarded; open it again to use it")
 
     def _raise_kept(self) -> None:
         if self._error is None:
@@ -193,7 +204,8 @@ class WriteBackStore(RowStore):
             self._error = None
             self._changed.notify_all()
             target = self._written
-            self._changed.wait_for(lambda: self._applied >= target or self._error is not None)
+            self._changed.wait_for(lambda: self._stopping or self._applied >= target or self._error is not None)
+            self._raise_discarded()
             self._raise_kept()
 
     def scan(self, table: str, start: int = 0, window: int = 65536) -> Iterator[Rows]:
@@ -223,6 +235,17 @@ class WriteBackStore(RowStore):
                 self._changed.notify_all()
             self._thread.join()
         self.inner.close()
+
+    def discard(self) -> None:
+        """Close without writing what is pending, whatever state `inner` is in. Safe in a finaliser."""
+        with self._changed:
+            if self._stopping:
+                return
+            self._stopping = self._discarding = True
+            self._gate.shut()
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
 
 __all__ = ["WriteBackStore"]

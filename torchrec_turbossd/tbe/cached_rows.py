@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -79,7 +80,6 @@ class CachedRows:
         self.counters = ReadCounters(names)
         self.lock = threading.RLock()
         self._lent: list[Tensor] = []
-        self._slot_base_of: list[int] = self.cache.slot_bases.tolist()
 
     def fetch(self, batch: Batch, *, pin: bool) -> Fetched:
         """Bring all rows of a batch into slots; with `pin` they stay until `release`, else while `lock` is held.
@@ -105,7 +105,7 @@ class CachedRows:
     def _concatenated(self, batch: Batch, slots: Tensor) -> Tensor:
         at = slots.clone()
         for run in batch.runs:
-            at[run.start : run.stop] += self._slot_base_of[run.table]
+            at[run.start : run.stop] += self.cache.slot_base_of[run.table]
         return at
 
     def release(self, fetched: Fetched, *, dirty: bool) -> None:
@@ -140,8 +140,7 @@ class CachedRows:
     def _by_table(self, positions: Tensor) -> list[Tensor]:
         """Ascending positions split into local ids of each table."""
         cuts = torch.searchsorted(positions, self.cache.bases).tolist()
-        bases = self.cache.bases.tolist()
-        return [positions[cuts[t] : cuts[t + 1]] - bases[t] for t in range(len(self.shards))]
+        return [positions[cuts[t] : cuts[t + 1]] - self.cache.base_of[t] for t in range(len(self.shards))]
 
     def _exchange(self, reservation: Reservation, rows: Tensor) -> None:
         """Write back what leaves, fill what comes, and only then let the slot map say so."""
@@ -173,21 +172,30 @@ class CachedRows:
             rows[~resident] = self._load(table, ids[~here])
         return rows
 
+    def check_writable(self) -> None:
+        """Raise `CacheFullError` when a batch that runs outside the slots will overwrite rows."""
+        with self.lock:
+            if self._lent:
+                raise CacheFullError(
+                    "rows are in use by an earlier batch that did not fit in the slots, which will overwrite them; run "
+                    "that batch's backward, or drop its output, first"
+                )
+
     def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
         """Set the bytes of distinct local `ids` [N]: in their slots where they are there, else in the store.
 
-        Raises `CacheFullError` when a batch that runs outside the slots will overwrite one of them.
+        Raises `CacheFullError` while a batch that runs outside the slots may overwrite them.
         """
         with self.lock:
             ids = ids.to(self.cache.device)
-            self._refuse_lent(ids + int(self.cache.bases[table]))
+            self.check_writable()
             slots = self.cache.slots_of(table, ids)
             here = slots > 0
             resident = here.cpu()
             if not bool(resident.all()):
                 self.store.write(self._keyed(table, ids[~here], rows[~resident]))
             self.memory.write(table, slots[here], rows[resident])
-            self.cache.mark_dirty(slots[here] + self._slot_base_of[table])
+            self.cache.mark_dirty(slots[here] + self.cache.slot_base_of[table])
 
     def take_out(self, batch: Batch, *, lend: bool) -> Distinct:
         """The distinct rows of a batch, for a run outside the slots; with `lend` they are gone until `give_back`.
@@ -195,10 +203,11 @@ class CachedRows:
         Raises `CacheFullError` when another batch in flight holds one of the rows to lend.
         """
         with self.lock:
-            self._refuse_lent(batch.positions)
+            if lend:
+                self._refuse_lent(batch.positions)
             positions, places = torch.unique(batch.positions, return_inverse=True)
             ids = self._by_table(positions)
-            starts = torch.searchsorted(positions, self.cache.bases).tolist()
+            starts = [0, *accumulate(each.numel() for each in ids)]
             slots = places + 1
             for run in batch.runs:
                 slots[run.start : run.stop] -= starts[run.table]

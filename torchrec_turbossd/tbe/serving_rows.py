@@ -118,7 +118,14 @@ class ServingRows(CachedRows):
         try:
             self.store.write(keyed)
             with self.turn():
-                self._rewrite(batch)
+                try:
+                    self._rewrite(batch)
+                except Exception:
+                    # The update is in the store, and so it is made: whoever asks for these rows reads them there.
+                    self._drop(batch)
+                except BaseException:
+                    self._drop(batch)
+                    raise
         finally:
             with self.lock:
                 self._in_flight = None
@@ -131,6 +138,12 @@ class ServingRows(CachedRows):
             here = slots > 0
             if bool(here.any()):
                 self.memory.write(table, slots[here], rows[here.cpu()])
+
+    def _drop(self, batch: Mapping[int, Rows]) -> None:
+        """Empty the slots of these rows."""
+        for table, (ids, _) in batch.items():
+            ids = ids.to(self.cache.device)
+            self.cache.drop(table, ids[self.cache.slots_of(table, ids) > 0])
 
     def resident(self) -> list[Tensor]:
         """Local ids of the rows in slots, by table, on the CPU."""

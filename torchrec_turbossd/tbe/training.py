@@ -32,6 +32,14 @@ class _Run:
         self.ended = False
 
 
+_MOST_PREFETCHED = 8
+
+
+def _version(indices: Tensor) -> int:
+    """Rises when a tensor is written in place."""
+    return 0 if indices.is_inference() else indices._version
+
+
 class _Token:
     """Dies with the autograd graph that holds it."""
 
@@ -82,7 +90,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             policy=self.options.policy,
             bounds=self.options.bounds,
         )
-        self._prefetched: deque[tuple[Tensor, _Run]] = deque()
+        self._prefetched: deque[tuple[Tensor, int, _Run]] = deque()
         self._orphans: deque[_Run] = deque()
         self._stream: torch.cuda.Stream | None = None
         self._closed = False
@@ -119,7 +127,10 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             fetched = self.rows.fetch(batch, pin=True)
         except CacheFullError:
             return
-        self._prefetched.append((indices, _Run(batch, fetched)))
+        self._prefetched.append((indices, _version(indices), _Run(batch, fetched)))
+        if len(self._prefetched) > _MOST_PREFETCHED:
+            # Nobody came for it; its pins would stay for ever.
+            self._end(self._prefetched.popleft()[-1], changed=False)
 
     def forward(
         self,
@@ -152,11 +163,15 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
     def _forward(
         self, run: _Run, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
     ) -> Tensor:
-        if run.fetched is not None:
-            out = self._call(self.tbe, run.fetched.slots, offsets, per_sample_weights, feature_requires_grad)
-        else:
-            out = self._run_outside(run, offsets, per_sample_weights, feature_requires_grad)
-        self._follow(out, run)
+        try:
+            if run.fetched is not None:
+                out = self._call(self.tbe, run.fetched.slots, offsets, per_sample_weights, feature_requires_grad)
+            else:
+                out = self._run_outside(run, offsets, per_sample_weights, feature_requires_grad)
+            self._follow(out, run)
+        except BaseException:
+            self._end(run, changed=False)
+            raise
         return out
 
     def _order_streams(self) -> None:
@@ -183,11 +198,12 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
 
     def _take_prefetched(self, indices: Tensor) -> _Run | None:
         """The prefetched run of these indices; runs prefetched before it were never used and end here."""
-        for place, (held, run) in enumerate(self._prefetched):
+        for place, (held, version, run) in enumerate(self._prefetched):
             # Callers re-wrap the tensor, so memory decides; `held` keeps that memory from being used again.
-            if held.data_ptr() == indices.data_ptr() and held.shape == indices.shape and held.dtype == indices.dtype:
+            same = held.data_ptr() == indices.data_ptr() and held.shape == indices.shape and held.dtype == indices.dtype
+            if same and _version(held) == version:
                 for _ in range(place):
-                    self._end(self._prefetched.popleft()[1], changed=False)
+                    self._end(self._prefetched.popleft()[-1], changed=False)
                 self._prefetched.popleft()
                 if self._stream is not None and run.fetched is not None:
                     # Made on the prefetch stream, and used on this one until backward ends.
@@ -301,7 +317,14 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         """Overwrite local `ids` [N], distinct, with `rows` [N, row_bytes] uint8."""
         self._check_open()
         self._order_streams()
+        self._retire_orphans()
         self.rows.write_rows(table, ids, rows)
+
+    def check_writable(self) -> None:
+        """Raise `CacheFullError` when a batch in flight outside the slots will overwrite rows."""
+        self._check_open()
+        self._retire_orphans()
+        self.rows.check_writable()
 
     def check_idle(self) -> None:
         """Raise `CacheFullError` when a batch is in flight."""
@@ -331,7 +354,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
     def close(self) -> None:
         """End every batch in flight; rows that were not flushed are lost. The store stays open."""
         while self._prefetched:
-            self._end(self._prefetched.popleft()[1], changed=False)
+            self._end(self._prefetched.popleft()[-1], changed=False)
         self._closed = True
 
 
