@@ -20,15 +20,22 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, found.start()) + 1, found[1]) for found in BLOCK.finditer(text)]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all examples, which follow each other as in the text."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("line", "code"), [pytest.param(*b, id=f"line{b[0]}") for b in python_blocks(README)])
-def test_example_runs(line: int, code: str, tmp_path: Path) -> None:
+def test_example_runs(line: int, code: str, folder: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = tmp_path / "example.py"
+    script = folder / "example.py"
     # Blank lines first, so that a traceback shows the README's own line numbers.
     script.write_text("\n" * line + code, encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"README.md line {line}:\n{done.stdout}{done.stderr}"
+    for run in ("first", "second"):
+        done = subprocess.run([sys.executable, str(script)], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"README.md line {line}, {run} run:\n{done.stdout}{done.stderr}"
 
 
 def test_make_targets_exist() -> None:
