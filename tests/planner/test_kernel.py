@@ -73,3 +73,15 @@ def test_lengths_must_agree() -> None:
     assert TurboCacheParams(slots=(1, 2)).row_bytes == ()
     with pytest.raises(ConfigError, match="row_bytes needs one entry"):
         params(row_bytes=(8,))
+
+
+def test_the_hash_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = params()
+    made: list[int] = []
+
+    def hashed(self: CacheParams) -> int:
+        made.append(1)
+        return 7
+
+    monkeypatch.setattr(CacheParams, "__hash__", hashed)
+    assert hash(one) == hash(one) and len(made) == 1

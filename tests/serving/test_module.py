@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from torchrec_turbossd.errors import (
     ClosedError,
     ConfigError,
     ForeignDirectoryError,
+    FormatVersionError,
     InputError,
     SnapshotError,
     StoreLockedError,
@@ -262,6 +264,31 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ForeignDirectoryError):
             build(SPECS, tmp_path, device="cpu", name=name)
     assert (tmp_path / "m" / "gen-3" / "photos").exists()
+
+
+def test_a_folder_of_a_newer_release_is_refused_and_left_alone(module: TurboSSDInferenceModule, tmp_path: Path) -> None:
+    before = every_row(module)
+    module.close()
+    (info,) = tmp_path.glob("m/gen-*/GENERATION.json")
+    body = json.loads(info.read_text())
+    info.write_text(json.dumps({**body, "format_version": body["format_version"] + 1}))
+    with pytest.raises(FormatVersionError, match="newer release"):
+        build(SPECS, tmp_path, device="cpu", name="m")
+    info.write_text(json.dumps(body))
+    with build(SPECS, tmp_path, device="cpu", name="m", output_dtype=module.config.output_dtype) as again:
+        assert torch.equal(every_row(again), before)
+
+
+def test_a_batch_beyond_the_slots_is_right_and_warns_once(tmp_path: Path) -> None:
+    every = torch.arange(5000)
+    options: dict[str, Any] = {"cache_hit_rate": 0.01, "output_dtype": SparseType.FP32}
+    with build([("a", 5000, 4, SparseType.FP32)], tmp_path, device="cpu", **options) as module:
+        module.streaming_update(every, every.float()[:, None].repeat(1, 4), "a")
+        assert module.slots["a"] < 5000
+        with pytest.warns(RuntimeWarning, match="raise the memory budget") as caught:
+            for _ in range(2):
+                assert torch.equal(module(every, torch.arange(5001))[:, 0], every.float())
+        assert len(caught) == 1
 
 
 def test_after_close(tmp_path: Path) -> None:

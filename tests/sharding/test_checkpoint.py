@@ -11,9 +11,22 @@ import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torch import Tensor
+from torchrec.distributed import DistributedModelParallel
 
 from tests.ranks import run_ranks
-from tests.sharding.models import DIM, ROWS, batch, local_rows, make_dmp, optimizer_rows, train
+from tests.sharding.models import (
+    DIM,
+    ROWS,
+    SEED,
+    Model,
+    batch,
+    fused_params,
+    local_rows,
+    make_dmp,
+    make_plan,
+    optimizer_rows,
+    train,
+)
 from torchrec_turbossd.errors import (
     CacheFullError,
     ConfigError,
@@ -23,7 +36,7 @@ from torchrec_turbossd.errors import (
     StoreFullError,
     UnsupportedError,
 )
-from torchrec_turbossd.sharding import load_snapshot, save_snapshot
+from torchrec_turbossd.sharding import TurboSSDEmbeddingBagCollectionSharder, load_snapshot, save_snapshot
 from torchrec_turbossd.sharding.checkpoint import _by_name, _RankPart
 from torchrec_turbossd.snapshot import read_manifest, verify
 from torchrec_turbossd.store import RocksRowStore
@@ -111,6 +124,10 @@ def _second_run(rank: int, world: int, sharding: str, directory: Path) -> dict[s
     train(dmp, rank, range(50, 54))
     before = local_rows(dmp.state_dict())
     out = dmp.module.ebc(batch(1, rank).to(dmp.device)).values()
+    if rank > 0:
+        # One busy rank is enough to refuse, on all of them.
+        out = None
+        gc.collect()
     with pytest.raises((CacheFullError, SnapshotError), match="in flight"):
         load_snapshot(dmp, directory / "saved")
     del out
@@ -134,6 +151,11 @@ def _second_run(rank: int, world: int, sharding: str, directory: Path) -> dict[s
     return found
 
 
+def _stamps(path: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file with when it was last written, and its bytes."""
+    return {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in path.rglob("*") if f.is_file()}
+
+
 def _assemble(by_rank: list[dict[str, Any]], suffix: str) -> Tensor:
     parts = [part for found in by_rank for key, value in found.items() if key.endswith(suffix) for part in value]
     return torch.cat([values for _, values in sorted(parts, key=lambda p: p[0])])
@@ -152,6 +174,7 @@ def test_training_goes_on_under_another_plan(
 ) -> None:
     run_ranks(first, _first_run, "row_wise", tmp_path, backend=backend)
     shutil.copytree(tmp_path / "saved", tmp_path / "damaged")
+    before = _stamps(tmp_path / "saved")
     sst = max((tmp_path / "damaged").rglob("*.sst"), key=lambda f: f.stat().st_size)
     sst.write_bytes(sst.read_bytes()[:-1] + b"?")
     reference = run_ranks(first, _reference, tmp_path, backend=backend)
@@ -161,6 +184,7 @@ def test_training_goes_on_under_another_plan(
         for name in ROWS:
             for suffix in (f"{name}.weight", f"{name}.momentum1"):
                 assert torch.equal(_assemble(found, suffix), _assemble(reference, suffix)), (sharding, world, suffix)
+    assert _stamps(tmp_path / "saved") == before, "loading must not open the snapshot in place"
 
 
 def _reference(rank: int, world: int, directory: Path) -> dict[str, Any]:
@@ -176,3 +200,33 @@ def test_modules_that_share_a_table_name_are_refused() -> None:
     ranks[1].tables["item", "t"] = table
     with pytest.raises(UnsupportedError, match="'item' and 'user' both have a table 't'"):
         _by_name(ranks)
+
+
+OTHERS: dict[str, tuple[str, EmbOptimType, int, str]] = {
+    "kind": ("serving", ADAGRAD, SEED, "kind 'training'"),
+    "optimizer": ("training", EmbOptimType.EXACT_SGD, SEED, "state is"),
+    "rule": ("training", ADAGRAD, SEED + 1, "use the same seed"),
+}
+
+
+def _refused(rank: int, world: int, directory: Path) -> None:
+    dmp = make_dmp(world, "table_wise", ADAGRAD, directory / "live", SLOTS)
+    save_snapshot(dmp, directory / "training")
+    save_snapshot(dmp, directory / "serving", kind="serving", data_types=SparseType.FP32)
+    dmp.module.ebc.close()
+    for case, (kind, optimizer, seed, said) in OTHERS.items():
+        model, params = Model(), fused_params(optimizer)
+        sharder = TurboSSDEmbeddingBagCollectionSharder(directory / case, params, seed=seed)
+        plan = make_plan(model, sharder, world, "table_wise", SLOTS)
+        other = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
+        before = local_rows(other.state_dict())
+        with pytest.raises(SnapshotError, match=said):
+            load_snapshot(other, directory / kind)
+        after = local_rows(other.state_dict())
+        if not all(torch.equal(x[1], y[1]) for key in before for x, y in zip(before[key], after[key], strict=True)):
+            raise AssertionError(f"{case}: a refused load changed rows")
+        other.module.ebc.close()
+
+
+def test_snapshots_of_another_kind_optimizer_or_rule_are_refused(tmp_path: Path) -> None:
+    run_ranks(1, _refused, tmp_path)

@@ -340,3 +340,37 @@ def test_default_sharders_are_ours_for_bags_and_stock_for_the_rest(tmp_path: Pat
     assert len(set(kinds)) == len(kinds) and len(kinds) > 2
     assert isinstance(sharders[0], TurboSSDEmbeddingBagCollectionSharder)
     assert isinstance(sharders[1], EmbeddingCollectionSharder) and sharders[1].fused_params == {"learning_rate": 0.5}
+
+
+def test_each_shard_takes_its_own_slots_of_the_plan() -> None:
+    from torch.distributed._shard.metadata import ShardMetadata
+    from torch.distributed._shard.sharded_tensor import ShardedTensorMetadata
+    from torchrec.distributed.embedding_types import ShardedEmbeddingTable
+
+    from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams
+    from torchrec_turbossd.sharding.lookup import LookupContext
+
+    shards = [ShardMetadata(shard_offsets=[row, 0], shard_sizes=[50, 4], placement="cpu") for row in (0, 50)]
+
+    def slots(place: int, planned: tuple[int, ...]) -> int:
+        table: Any = ShardedEmbeddingTable(name="t", num_embeddings=100, embedding_dim=4, local_rows=50, local_cols=4)
+        table.local_metadata, table.global_metadata = shards[place], ShardedTensorMetadata(shards_metadata=shards)
+        sharding = ParameterSharding("row_wise", TURBO_SSD, cache_params=TurboCacheParams(slots=planned))
+        return LookupContext(plan={"t": sharding}, store=None).slots(table)  # type: ignore[arg-type]
+
+    assert [slots(place, (7, 11)) for place in (0, 1)] == [7, 11]
+    with pytest.raises(ConfigError, match="slots for 3 shards, but there are 2"):
+        slots(0, (7, 11, 13))
+
+
+def test_live_rows_are_never_resumed(tmp_path: Path) -> None:
+    from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
+    from torchrec_turbossd.tables import TableShard, TableSpec
+
+    shards: list[Any] = [(TableShard.whole(TableSpec(name="t", rows=5, dim=4)), None)]
+    for _ in range(2):
+        stores = RankStores(StoreOptions(ssd_directory=tmp_path), "ebc", (0, 0), shards)
+        assert not stores.store.read("t", torch.tensor([2]))[1].any()
+        stores.store.write({"t": (torch.tensor([2]), torch.ones(1, 16, dtype=torch.uint8))})
+        stores.store.flush()
+        stores.close()

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.modules.embedding_configs import PoolingType
 
 from tests.ranks import run_ranks
-from tests.sharding.models import local_rows, make_dmp, optimizer_rows, train
+from tests.sharding.models import Model, local_rows, make_dmp, optimizer_rows, train
 
 STEPS = 50
 CACHES = {
@@ -64,3 +65,19 @@ def test_same_numbers_as_fused(tmp_path: Path, sharding: str, world: int, optimi
 def test_same_numbers_as_fused_on_cuda(tmp_path: Path, sharding: str, optimizer: EmbOptimType) -> None:
     by_rank = run_ranks(1, _compare, sharding, optimizer, tmp_path, backend="nccl")
     assert all(0.0 < rate < 0.95 for rate in by_rank[0]["barely the batch"].values())
+
+
+def _compare_mean(rank: int, world: int, directory: Path) -> None:
+    pooled = [Model(PoolingType.MEAN) for _ in range(2)]
+    optimizer = EmbOptimType.EXACT_ROWWISE_ADAGRAD
+    reference = make_dmp(world, "row_wise", optimizer, None, None, pooled[0])
+    ours = make_dmp(world, "row_wise", optimizer, directory, CACHES["half"], pooled[1])
+    wanted, got = (train(dmp, rank, range(10)) for dmp in (reference, ours))
+    if not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):
+        raise AssertionError("predictions differ")
+    _same(local_rows(reference.state_dict()), local_rows(ours.state_dict()), "mean")
+    ours.module.ebc.close()
+
+
+def test_means_over_row_shards_are_those_of_fused(tmp_path: Path) -> None:
+    run_ranks(2, _compare_mean, tmp_path)

@@ -328,3 +328,70 @@ def test_batches_nobody_comes_for_let_their_rows_go(device: str) -> None:
     assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets)), "ids written over after their prefetch"
     pair.ours.close()
     assert pair.ours.rows.cache.pinned_slots > 0, "the last output still has a graph"
+
+
+@pytest.mark.parametrize("slots", [(3, 3), (110, 80)], ids=["outside", "inside"])
+def test_changed_hyper_parameters_and_the_step_count_are_stocks(device: str, slots: tuple[int, int]) -> None:
+    pair = Pair(device, slots)
+    for seed, rate in enumerate((0.5, 0.01, 0.2)):
+        for module, stock in ((pair.ours, pair.ours.tbe), (pair.stock, pair.stock)):
+            module.set_learning_rate(rate)
+            stock.update_hyper_parameters({"eps": rate})
+        pair.step(seed)
+    assert pair.ours.get_learning_rate() == pair.stock.get_learning_rate()
+    assert int(pair.ours.tbe.iter) == int(pair.stock.iter) == 3
+    pair.same()
+
+
+def test_a_row_that_was_only_read_is_written_back_after_an_update(device: str) -> None:
+    pair = Pair(device, (20, 20), EmbOptimType.EXACT_SGD)
+    with torch.no_grad():
+        pair.ours(pair.tensor(3), pair.tensor(0, 1, 1, 1))
+    rows = torch.full((1, weight_bytes(8, SparseType.FP32)), 7, dtype=torch.uint8)
+    pair.ours.write_rows(0, torch.tensor([3]), rows)
+    pair.ours.flush()
+    assert torch.equal(pair.store.read("a", torch.tensor([3]))[0], rows)
+
+
+def test_flush_makes_the_store_durable(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(device, (60, 40))
+    pair.ours(pair.tensor(3), pair.tensor(0, 1, 1, 1)).sum().backward()
+    flushed: list[bool] = []
+
+    def flush() -> None:
+        flushed.extend(pair.store.read("a", torch.tensor([3]))[1].tolist())
+
+    monkeypatch.setattr(pair.store, "flush", flush)
+    pair.ours.flush()
+    assert flushed == [True], "the store must be flushed once, after the trained row was written to it"
+
+
+def test_slot_zero_is_zero(device: str) -> None:
+    pair = Pair(device, (60, 40))
+    for seed in range(3):
+        pair.step(seed)
+    assert not any(bool(weights[0].any()) for weights in pair.ours.tbe.split_embedding_weights())
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_batch_beyond_the_slots_sees_what_was_trained_in_them(device: str, backward: bool) -> None:
+    pair = Pair(device, (60, 40))
+    for seed in range(5):
+        pair.step(seed)
+    assert pair.ours.rows.cache.dirty(0)[0].numel() > 20
+    large = torch.arange(90, device=device), torch.tensor([0, 45, 90, 90], device=device)
+    with torch.set_grad_enabled(backward):
+        mine, theirs = pair.ours(*large), pair.stock(*large)
+    assert torch.equal(mine, theirs)
+    for out in (mine, theirs) if backward else ():
+        out.sum().backward()
+    pair.step(5)
+    pair.same()
+
+
+def test_a_batch_of_the_same_shape_is_not_taken_for_the_prefetched_one(device: str) -> None:
+    pair = Pair(device, (60, 40))
+    prefetched, other, offsets = pair.tensor(1, 2, 3, 4), pair.tensor(5, 6, 7, 8), pair.tensor(0, 2, 3, 4)
+    pair.ours.prefetch(prefetched, offsets)
+    for ids in (other, prefetched):
+        assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets))
