@@ -264,27 +264,20 @@ def test_counts_are_exact_when_one_table_of_a_batch_does_not_fit(device: str) ->
 
 @pytest.mark.gpu
 def test_prefetch_on_a_stream_of_its_own() -> None:
-    """Slow kernels hold the forward stream back, so that a prefetch that did not wait would read old rows."""
-    pair = Pair("cuda:0", (110, 80))
-    side = torch.cuda.Stream()
-    batches = [pair.batch(seed) for seed in range(30)]
-    slow = torch.randn(4096, 4096, device="cuda")
-
-    def prefetch(at: int) -> None:
-        with torch.cuda.stream(side):
-            side.wait_event(ready)
-            pair.ours.prefetch(*batches[at])
-
-    ready = torch.cuda.Event()
-    ready.record()
-    prefetch(0)
-    for step, batch in enumerate(batches):
-        mine, theirs = pair.ours(*batch), pair.stock(*batch)
+    """Each prefetch must write back the rows of the batch before last, whose update slow kernels hold back."""
+    pair = Pair("cuda:0", (40, 5))
+    side, slow = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    offsets = pair.tensor(0, 20, 20, 20)
+    batches = [torch.arange(first, first + 20, device="cuda") for first in range(0, 500, 20)]
+    torch.cuda.synchronize()
+    for step, ids in enumerate(batches):
+        mine, theirs = pair.ours(ids, offsets), pair.stock(ids, offsets)
         if step + 1 < len(batches):
-            prefetch(step + 1)
-        for _ in range(10):
+            with torch.cuda.stream(side):
+                pair.ours.prefetch(batches[step + 1], offsets)
+            assert len(pair.ours._prefetched) == 1, "two batches fit"
+        for _ in range(20):
             slow = slow @ slow / 64
-        # The gradient waits for the slow kernels, and with it the update.
         gradient = torch.ones_like(mine) + 0 * slow[0, 0].clamp(-1, 1)
         mine.backward(gradient)
         theirs.backward(gradient)
