@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LIMIT_S = 240
+GPU_RANKS = max(1, min(2, torch.cuda.device_count()))
+"""Ranks of tests over NCCL: one for each GPU, at most two."""
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:

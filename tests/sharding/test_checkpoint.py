@@ -13,7 +13,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
-from tests.ranks import run_ranks
+from tests.ranks import GPU_RANKS, run_ranks
 from tests.sharding.models import (
     DIM,
     ROWS,
@@ -75,7 +75,7 @@ def _save(rank: int, world: int, sharding: str, directory: Path) -> dict[str, li
     return rows
 
 
-NCCL = pytest.param("table_wise", 1, "nccl", marks=pytest.mark.gpu)
+NCCL = pytest.param("table_wise", GPU_RANKS, "nccl", marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def _assemble(by_rank: list[dict[str, Any]], suffix: str) -> Tensor:
     ("backend", "first", "others"),
     [
         ("gloo", 2, [(1, "table_wise"), (2, "table_wise"), (1, "row_wise")]),
-        pytest.param("nccl", 1, [(1, "table_wise")], marks=pytest.mark.gpu),
+        pytest.param("nccl", GPU_RANKS, [(1, "table_wise")], marks=pytest.mark.gpu),
     ],
     ids=["gloo", "nccl"],
 )

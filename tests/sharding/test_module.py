@@ -15,7 +15,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.types import ParameterSharding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.ranks import run_ranks
+from tests.ranks import GPU_RANKS, run_ranks
 from tests.sharding.models import (
     DIM,
     ROWS,
@@ -92,7 +92,7 @@ def _state(rank: int, world: int, sharding: str, directory: Path) -> dict[str, b
 
 
 BACKENDS = pytest.mark.parametrize(
-    ("backend", "world"), [("gloo", 2), pytest.param("nccl", 1, marks=pytest.mark.gpu)], ids=["gloo", "nccl"]
+    ("backend", "world"), [("gloo", 2), pytest.param("nccl", GPU_RANKS, marks=pytest.mark.gpu)], ids=["gloo", "nccl"]
 )
 
 
