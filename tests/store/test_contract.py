@@ -253,12 +253,12 @@ actions = st.lists(
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(todo=actions)
-def test_any_calls_answer_as_a_dict_does(maker: Maker, todo: list[tuple[str, list[int]]]) -> None:
+@given(steps=actions)
+def test_any_calls_answer_as_a_dict_does(maker: Maker, steps: list[tuple[str, list[int]]]) -> None:
     oracle: dict[str, dict[int, bytes]] = {table: {} for table in SIZES}
     name = f"example{len(maker.made)}"
     store = maker.make(name)
-    for salt, (action, ids) in enumerate(todo):
+    for salt, (action, ids) in enumerate(steps):
         if action == "write":
             given_rows = torch.tensor(random.Random(salt).choices(range(256), k=len(ids)), dtype=torch.uint8)
             batch = {t: (ids_of(*ids), given_rows[:, None].expand(-1, w)) for t, w in SIZES.items()}
