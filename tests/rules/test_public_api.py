@@ -43,7 +43,7 @@ def test_all_is_sorted_and_importable(name: str) -> None:
     names = getattr(module, "__all__", None)
     if names is None:
         assert name not in packages(), f"{name} needs an __all__"
-        pytest.skip("no __all__")
+        return
     assert list(names) == sorted(set(names), key=sort_key)
     missing = [n for n in names if not hasattr(module, n)]
     assert not missing, f"{name}.__all__ names {missing}, which it does not hold"

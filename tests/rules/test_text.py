@@ -43,4 +43,4 @@ def test_text(path: Path) -> None:
 def test_planted_faults_are_found() -> None:
     planted = ["open('/wo" + "rk/x')", "cp ../sha" + "red/x .", "# TO" + "DO later", "x  # FIX" + "ME"]
     assert all(text_faults(line) for line in planted)
-    assert not text_faults("artwork/x, https://example.org/work/x, shared/x, TODOS")
+    assert not text_faults("artwork/x, https://example.org/wo" + "rk/x, shared/x, TODOS")

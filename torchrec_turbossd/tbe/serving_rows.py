@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from torchrec_turbossd.errors import CacheFullError
 from torchrec_turbossd.store.contract import Rows, RowStore
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.cached_rows import CachedRows, Distinct, Fetched
-from torchrec_turbossd.tbe.layout import Batch, Bounds
-from torchrec_turbossd.tbe.slot_memory import SlotMemory
+from torchrec_turbossd.tbe.layout import Batch
 
 
 class ServingRows(CachedRows):
@@ -27,19 +27,8 @@ class ServingRows(CachedRows):
     Args: as `CachedRows`.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[TableShard],
-        slots: Sequence[int],
-        feature_table: Sequence[int],
-        memory: SlotMemory,
-        store: RowStore,
-        *,
-        device: torch.device,
-        policy: str = "clock",
-        bounds: Bounds = Bounds.RAISE,
-    ) -> None:
-        super().__init__(shards, slots, feature_table, memory, store, device=device, policy=policy, bounds=bounds)
+    def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
+        super().__init__(*args, device=device, **kwargs)
         self._settled = threading.Condition(self.lock)
         self._in_flight: Tensor | None = None
         self._waiting = 0
