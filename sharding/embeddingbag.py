@@ -178,12 +178,13 @@ class TurboSSDShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         sharding = self.module_sharding_plan[table]
         if sharding.sharding_spec is None:
             raise UnsupportedError(f"table {table!r} is data-parallel; update its parameter instead")
-        local = self._local([table])
+        local: list[LocalTable] = []
         update = RowUpdate(table=self._spec(table), ids=indices, weights=weights, state=dict(optimizer_state or {}))
         shards = sharding.sharding_spec.shards
         parts: list[tuple[Tensor, Tensor]] | None = None
         refused: Exception | None = None
         try:
+            local = self._local([table])
             for target in local:
                 # Which ids come from other ranks is not known yet, so any batch outside the slots is in the way.
                 target.check_idle()

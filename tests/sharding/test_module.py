@@ -155,6 +155,10 @@ def test_streaming_update_reaches_every_shard(tmp_path: Path, sharding: str, bac
     run_ranks(world, _update, sharding, tmp_path, backend=backend)
 
 
+def _unreadable(*args: Any) -> None:
+    raise UnsupportedError("planted")
+
+
 def _bad_updates(rank: int, world: int, directory: Path) -> None:
     dmp = make_dmp(world, "row_wise", ADAGRAD, directory, SLOTS)
     ebc, before = dmp.module.ebc, None
@@ -175,6 +179,11 @@ def _bad_updates(rank: int, world: int, directory: Path) -> None:
         # Only rank 0's rows are bad; both ranks must raise, and neither may hang or change.
         with pytest.raises(error if rank == 0 else InputError):
             ebc.streaming_update(*((ids, rows) if rank == 0 else good), "big")
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr("torchrec_turbossd.sharding.embeddingbag.local_tables", _unreadable)
+        with pytest.raises(UnsupportedError if rank == 0 else InputError):
+            ebc.streaming_update(*good, "big")
     # A batch is in flight outside the slots: no rank may change anything.
     out = ebc(big_batch()) if rank == 0 else ebc(batch(0, rank))
     with pytest.raises((CacheFullError, InputError)):
