@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.cache.plain_policies import policy_bytes
 from torchrec_turbossd.cache import BYTES_PER_SLOT, SLOT_MAP_BYTES_PER_ROW, SlotCache
 from torchrec_turbossd.errors import CacheFullError, ConfigError
 from torchrec_turbossd.sizing.memory import shard_fast_bytes
@@ -104,6 +105,14 @@ class LruAgainstDict(CacheAgainstDict):
     policy = "lru"
 
 
+class S3FifoAgainstDict(CacheAgainstDict):
+    policy = "s3_fifo"
+
+
+class SieveAgainstDict(CacheAgainstDict):
+    policy = "sieve"
+
+
 class ClockOnCuda(CacheAgainstDict):
     device = torch.device("cuda", 0)
 
@@ -112,12 +121,27 @@ class LruOnCuda(LruAgainstDict):
     device = torch.device("cuda", 0)
 
 
+class S3FifoOnCuda(S3FifoAgainstDict):
+    device = torch.device("cuda", 0)
+
+
+class SieveOnCuda(SieveAgainstDict):
+    device = torch.device("cuda", 0)
+
+
 TestClock = CacheAgainstDict.TestCase
 TestLru = LruAgainstDict.TestCase
-TestClock.settings = TestLru.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestS3Fifo = S3FifoAgainstDict.TestCase
+TestSieve = SieveAgainstDict.TestCase
+for case in (TestClock, TestLru, TestS3Fifo, TestSieve):
+    case.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestClockOnCuda = pytest.mark.gpu(ClockOnCuda.TestCase)
 TestLruOnCuda = pytest.mark.gpu(LruOnCuda.TestCase)
-TestClockOnCuda.settings = TestLruOnCuda.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
+TestS3FifoOnCuda = pytest.mark.gpu(S3FifoOnCuda.TestCase)
+TestSieveOnCuda = pytest.mark.gpu(SieveOnCuda.TestCase)
+for case in (TestClockOnCuda, TestLruOnCuda, TestS3FifoOnCuda, TestSieveOnCuda):
+    case.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
+del case
 
 
 def test_memory_is_what_planning_counts() -> None:
@@ -125,9 +149,9 @@ def test_memory_is_what_planning_counts() -> None:
     assert cache.map.nbytes == sum(ROWS) * SLOT_MAP_BYTES_PER_ROW
     planned = sum(shard_fast_bytes(s, r, 0) for s, r in zip(SLOTS, ROWS, strict=True))
     assert cache.nbytes == planned
-    arrays = (cache._owners, cache._pins, cache._dirty)
-    marks = sum(p._marks.nbytes for p in cache._policies)  # type: ignore[attr-defined]
-    assert sum(a.nbytes for a in arrays) + marks == (sum(SLOTS) + len(SLOTS)) * BYTES_PER_SLOT
+    own = sum(array.nbytes for array in (cache._owners, cache._pins, cache._dirty))
+    policies = sum(policy_bytes(policy) for policy in cache._policies)
+    assert own + policies == (sum(SLOTS) + len(SLOTS)) * BYTES_PER_SLOT
 
 
 def test_a_billion_row_map_opens_without_touching_memory() -> None:
@@ -161,7 +185,7 @@ def test_check_finds_planted_damage() -> None:
 
 
 def _hits(policy: str, ids: torch.Tensor, rows: int, slots: int, batch: int) -> int:
-    """Hits of a stream served in batches: every lookup but the first of an absent id."""
+    """Hits of a stream served in batches: every lookup but the first of an absent id; only rows found were read."""
     cache = SlotCache([rows], [slots], device=CPU, policy=policy)
     misses = 0
     for part in torch.split(ids, batch):
@@ -171,7 +195,7 @@ def _hits(policy: str, ids: torch.Tensor, rows: int, slots: int, batch: int) -> 
         absent = torch.unique(part[found == 0])
         cache.commit(cache.reserve(0, absent))
         cache.pin(here, -1)
-        cache.touch(0, cache.lookup(part))
+        cache.touch(0, found)
         misses += absent.numel()
     return ids.numel() - misses
 
@@ -182,7 +206,7 @@ def zipf_stream(rows: int, alpha: float, count: int, seed: int) -> torch.Tensor:
     return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
-@pytest.mark.parametrize(("policy", "golden"), [("clock", 13053), ("lru", 13285)])
+@pytest.mark.parametrize(("policy", "golden"), [("clock", 13486), ("lru", 13322), ("s3_fifo", 14428), ("sieve", 14286)])
 def test_golden_hits(policy: str, golden: int) -> None:
     ids = zipf_stream(2000, 1.05, 20_000, seed=11)
     assert _hits(policy, ids, 2000, 200, batch=64) == golden

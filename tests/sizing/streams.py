@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import numpy as np
 import numpy.typing as npt
@@ -53,3 +53,45 @@ def clock_hit_rate(ids: list[int], slots: int) -> float:
         rows[hand], where[row] = row, hand
         hand = (hand + 1) % slots
     return hits / (len(ids) - len(ids) // 2)
+
+
+def s3_fifo_hit_rate(ids: list[int], slots: int) -> float:
+    """The same for S3-FIFO, whose ghost forgets an id when another takes its cell."""
+    small, main = deque[int](), deque[int]()
+    reads, ghost = dict[int, int](), dict[int, int]()
+    hits = 0
+    for number, row in enumerate(ids):
+        if row in reads:
+            reads[row] = min(3, reads[row] + 1)
+            hits += number >= len(ids) // 2
+            continue
+        while len(reads) == slots:
+            _s3_fifo_step(small, main, reads, ghost, slots)
+        (main if ghost.pop(_cell(row, slots), None) == row else small).append(row)
+        reads[row] = 0
+    return hits / (len(ids) - len(ids) // 2)
+
+
+def _s3_fifo_step(
+    small: deque[int], main: deque[int], reads: dict[int, int], ghost: dict[int, int], slots: int
+) -> None:
+    """A row leaves, or changes its place."""
+    if len(small) >= max(1, slots // 10) or not main:
+        row = small.popleft()
+        if reads[row]:
+            reads[row] = 0
+            main.append(row)
+        else:
+            ghost[_cell(row, slots)] = row
+            del reads[row]
+    else:
+        row = main.popleft()
+        if reads[row]:
+            reads[row] -= 1
+            main.append(row)
+        else:
+            del reads[row]
+
+
+def _cell(row: int, slots: int) -> int:
+    return (row + 1) * 0x9E3779B97F4A7C15 % (1 << 64) * slots >> 64

@@ -157,8 +157,8 @@ def test_the_split_explains_itself() -> None:
 
 
 def test_fast_bytes_count_everything() -> None:
-    assert slot_bytes(100) == 100 + BYTES_PER_SLOT == 114
-    assert shard_fast_bytes(10, 1000, 100) == 11 * 114 + 4000
+    assert slot_bytes(100) == 100 + BYTES_PER_SLOT == 126
+    assert shard_fast_bytes(10, 1000, 100) == 11 * 126 + 4000
     assert shard_fast_bytes(0, 0, 100) == 0
     for wrong in itertools.permutations((-1, 5, 5)):
         with pytest.raises(BudgetError):

@@ -6,34 +6,65 @@ as the reference for other policies, or where tables are small.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from torchrec_turbossd.cache.eviction import Evictable, EvictionPolicy
 
-_NEVER = torch.iinfo(torch.int64).max
+_UNKNOWN = torch.iinfo(torch.int64).max
+"""Later than every stamp."""
+_SMALLEST_WINDOW = 256
 
 
 class Lru(EvictionPolicy):
     """A stamp for each slot; a batch of reads shares one stamp."""
 
+    bytes_per_slot: ClassVar[int] = 8
+
     def __init__(self, slots: int, device: torch.device) -> None:
         super().__init__(slots, device)
-        self._stamps = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self._stamps = torch.full((slots + 1,), _UNKNOWN, dtype=torch.int64, device=device)
         self._now = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._stamps.nbytes
 
     def touch(self, slots: Tensor) -> None:
         self._now += 1
+        known = self._stamps.gather(0, slots) != _UNKNOWN
+        self._stamps.scatter_(0, slots, torch.where(known, self._now, _UNKNOWN))
+
+    def admitted(self, slots: Tensor, ids: Tensor) -> None:
+        self._now += 1
         self._stamps.index_fill_(0, slots, self._now)
 
-    def admitted(self, slots: Tensor) -> None:
-        self.touch(slots)
+    def evicted(self, slots: Tensor, ids: Tensor) -> None:
+        self.released(slots)
+
+    def released(self, slots: Tensor) -> None:
+        self._stamps.index_fill_(0, slots, _UNKNOWN)
+
+    def moved(self, old: Tensor, new: Tensor) -> None:
+        stamps = self._stamps.index_select(0, old)
+        self._stamps.index_fill_(0, old, _UNKNOWN)
+        self._stamps.index_copy_(0, new, stamps)
+
+    def heat(self) -> Tensor:
+        """The number of the last batch that read a slot."""
+        return torch.where(self._stamps == _UNKNOWN, 0, self._stamps)
 
     def victims(self, count: int, evictable: Evictable) -> Tensor:
-        slots = torch.arange(1, self.slots + 1, device=self.device)
-        stamps = torch.where(evictable(slots), self._stamps[1:], _NEVER)
-        oldest = torch.topk(stamps, min(count, self.slots), largest=False, sorted=True)
-        return slots[oldest.indices[oldest.values != _NEVER]]
+        window = max(2 * count, _SMALLEST_WINDOW)
+        while True:
+            oldest = torch.topk(self._stamps[1:], min(window, self.slots), largest=False, sorted=True)
+            slots = oldest.indices + 1
+            found = slots[evictable(slots) & (oldest.values != _UNKNOWN)]
+            if found.numel() >= count or window >= self.slots:
+                return found[:count]
+            window *= 4
 
 
 __all__ = ["Lru"]

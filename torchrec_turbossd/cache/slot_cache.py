@@ -6,23 +6,20 @@ never handed out, so that an absent id (map entry 0) points at memory that is sa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchrec_turbossd.cache.clock import Clock
-from torchrec_turbossd.cache.eviction import EvictionPolicy
-from torchrec_turbossd.cache.lru import Lru
-from torchrec_turbossd.cache.slot_map import SlotMap
+from torchrec_turbossd.cache.free_slots import FreeSlots
+from torchrec_turbossd.cache.policies import DEFAULT_POLICY, POLICIES
+from torchrec_turbossd.cache.slot_map import SlotMap, SparseSlotMap
 from torchrec_turbossd.errors import CacheFullError, ConfigError
 
-POLICIES: dict[str, type[EvictionPolicy]] = {"clock": Clock, "lru": Lru}
 FREE = -1
-BYTES_PER_SLOT = 14
-"""Owner (8), pin count (4), dirty mark (1) and the default policy's mark (1)."""
-_MOST_PENDING_TOUCHES = 1 << 20
+_LEAST_KEPT_TOUCHES, _KEPT_TOUCHES_PER_SLOT = 1 << 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,41 +41,42 @@ class Reservation:
 class SlotCache:
     """Slots of several tables. Ids are local to a table; `bases` turn them into slot map positions.
 
-    Not thread-safe: the owner holds a lock. Every tensor lives on `device`.
+    A slot that holds a row or is free is this cache's own. Slots may also be taken out, to be given back later or to
+    another cache over the same memory. Not thread-safe: the owner holds a lock. Every tensor lives on `device`.
 
     Args:
         rows: rows of each table.
         slots: usable slots of each table, at least 1 (slot 0 comes on top).
-        policy: "clock" or "lru".
+        policy: an eviction policy by name.
     """
 
     def __init__(
-        self, rows: Sequence[int], slots: Sequence[int], *, device: torch.device, policy: str = "clock"
+        self, rows: Sequence[int], slots: Sequence[int], *, device: torch.device, policy: str = DEFAULT_POLICY
     ) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"no eviction policy {policy!r}; the policies are {', '.join(POLICIES)}")
         if len(rows) != len(slots) or any(n < 1 for n in (*rows, *slots)):
             raise ConfigError(f"each table needs rows >= 1 and slots >= 1, got rows {list(rows)}, slots {list(slots)}")
-        self.rows, self.slots, self.device = list(rows), list(slots), device
+        self.rows, self.slots, self.device, self.policy = list(rows), list(slots), device, policy
         self.bases = torch.tensor([0, *rows], dtype=torch.int64).cumsum(0).to(device)
         self.slot_bases = torch.tensor([0, *[n + 1 for n in slots]], dtype=torch.int64).cumsum(0).to(device)
         self.base_of: list[int] = self.bases.tolist()
         self.slot_base_of: list[int] = self.slot_bases.tolist()
         total = self.slot_base_of[-1]
-        self.map = SlotMap(self.base_of[-1], device)
+        self.map: SlotMap | SparseSlotMap = SlotMap(self.base_of[-1], device)
         self._owners = torch.full((total,), FREE, dtype=torch.int64, device=device)
         self._pins = torch.zeros(total, dtype=torch.int32, device=device)
         self._dirty = torch.zeros(total, dtype=torch.bool, device=device)
         self._policies = [POLICIES[policy](n, device) for n in slots]
-        self._unused = [1] * len(slots)
-        self._freed: list[list[Tensor]] = [[] for _ in slots]
-        self._touches: list[list[Tensor]] = [[] for _ in slots]
-        self._pending_touches = 0
+        self._free = [FreeSlots(1, n, device) for n in slots]
+        self._touches: list[deque[Tensor]] = [deque() for _ in slots]
+        self._kept = [0] * len(slots)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slot map and of the bookkeeping beside each slot."""
-        return self.map.nbytes + self.slot_base_of[-1] * BYTES_PER_SLOT
+        own = self._owners.nbytes + self._pins.nbytes + self._dirty.nbytes
+        return self.map.nbytes + own + sum(policy.nbytes for policy in self._policies)
 
     def lookup(self, positions: Tensor) -> Tensor:
         """Slots of slot map `positions` [N] (local id + base): [N] int32, 0 for absent."""
@@ -89,18 +87,26 @@ class SlotCache:
         return self.map.get(ids + self.base_of[table]).to(torch.int64)
 
     def touch(self, table: int, slots: Tensor) -> None:
-        """These slots of a table were read; kept aside until a victim is needed, so that a hit costs nothing more."""
-        self._touches[table].append(slots)
-        self._pending_touches += slots.numel()
-        if self._pending_touches > _MOST_PENDING_TOUCHES:
-            for each in range(len(self._touches)):
-                self._apply_touches(each)
+        """These slots of a table were read (0: a row that was absent).
+
+        Kept aside until a victim is needed, so that a hit costs nothing more.
+        Of reads without a miss in between only the latest count, a few for each slot.
+        """
+        if self.slots[table] == self.rows[table]:
+            return
+        kept = self._touches[table]
+        kept.append(slots)
+        self._kept[table] += slots.numel()
+        while self._kept[table] - kept[0].numel() > max(
+            _LEAST_KEPT_TOUCHES, _KEPT_TOUCHES_PER_SLOT * self.slots[table]
+        ):
+            self._kept[table] -= kept.popleft().numel()
 
     def _apply_touches(self, table: int) -> None:
         for slots in self._touches[table]:
             self._policies[table].touch(slots.to(torch.int64))
-            self._pending_touches -= slots.numel()
         self._touches[table].clear()
+        self._kept[table] = 0
 
     def reserve(self, table: int, ids: Tensor) -> Reservation:
         """Choose slots for absent, distinct local `ids` [N] int64.
@@ -110,12 +116,11 @@ class SlotCache:
         count = ids.numel()
         if count > self.slots[table]:
             raise CacheFullError(f"{count} rows do not fit in {self.slots[table]} slots")
-        free = self._peek_free(table, count)
+        free = self._free[table].peek(count)
         evicted = free[:0]
         short = count - free.numel()
         if short > 0:
-            self._apply_touches(table)
-            evicted = self._policies[table].victims(short, lambda slots: self._evictable(table, slots))
+            evicted = self._victims(table, short)
             if evicted.numel() < short:
                 raise CacheFullError(
                     f"{count} rows need {short} slots emptied, but pins leave only {evicted.numel()} of "
@@ -131,45 +136,126 @@ class SlotCache:
             dirty=self._dirty[at],
         )
 
+    def _victims(self, table: int, count: int) -> Tensor:
+        self._apply_touches(table)
+        return self._policies[table].victims(count, lambda slots: self._evictable(table, slots))
+
     def _evictable(self, table: int, slots: Tensor) -> Tensor:
         at = slots + self.slot_base_of[table]
-        return (self._owners[at] != FREE) & (self._pins[at] == 0)
-
-    def _peek_free(self, table: int, count: int) -> Tensor:
-        """Up to `count` empty slots: freed ones first, then ones never used."""
-        freed = torch.cat(self._freed[table])[:count] if self._freed[table] else None
-        held = 0 if freed is None else freed.numel()
-        first = self._unused[table]
-        last = min(first + count - held, self.slots[table] + 1)
-        unused = torch.arange(first, last, dtype=torch.int64, device=self.device)
-        return unused if freed is None else torch.cat([freed, unused])
+        return (self._owners.index_select(0, at) != FREE) & (self._pins.index_select(0, at) == 0)
 
     def commit(self, reservation: Reservation) -> None:
         """Make a reservation true: evicted ids become absent, the new ids present, clean and unpinned."""
-        table, base = reservation.table, self.base_of[reservation.table]
+        table = reservation.table
         free = reservation.slots.numel() - reservation.evicted_slots.numel()
-        held = sum(f.numel() for f in self._freed[table])
-        if held:
-            rest = torch.cat(self._freed[table])[min(free, held) :]
-            self._freed[table] = [rest] if rest.numel() else []
-        self._unused[table] += max(free - held, 0)
-        self.map.clear(reservation.evicted_ids + base)
-        self.map.set(reservation.ids + base, reservation.slots)
-        at = reservation.slots + self.slot_base_of[table]
-        self._owners.index_copy_(0, at, reservation.ids)
-        self._dirty.index_fill_(0, at, False)
-        self._policies[table].admitted(reservation.slots)
+        self._free[table].take(free)
+        self._empty(table, reservation.evicted_ids, reservation.evicted_slots)
+        self._policies[table].evicted(reservation.evicted_slots, reservation.evicted_ids)
+        self.admit(table, reservation.ids, reservation.slots)
 
-    def drop(self, table: int, ids: Tensor) -> None:
-        """Make distinct, present and unpinned local `ids` [N] absent, without regard to dirty marks."""
-        slots = self.slots_of(table, ids)
-        if slots.numel() == 0:
-            return
+    def _empty(self, table: int, ids: Tensor, slots: Tensor) -> None:
         at = slots + self.slot_base_of[table]
         self.map.clear(ids + self.base_of[table])
         self._owners.index_fill_(0, at, FREE)
         self._dirty.index_fill_(0, at, False)
-        self._freed[table].append(slots)
+
+    def free(self, table: int) -> int:
+        """How many slots of a table are free."""
+        return len(self._free[table])
+
+    def take(self, table: int, count: int) -> Tensor:
+        """Take up to `count` free slots out: [N] int64. They are nobody's until `admit`, `move` or `give`."""
+        return self._free[table].take(count)
+
+    def give(self, table: int, slots: Tensor) -> None:
+        """Slots [N] int64 that were taken out, of this cache or of another, are free here."""
+        self._free[table].give(slots)
+
+    def evict(self, table: int, count: int) -> Tensor:
+        """Make up to `count` rows absent, without regard to dirty marks; returns their slots, taken out."""
+        slots = self._victims(table, count)
+        ids = self._owners[slots + self.slot_base_of[table]]
+        self._empty(table, ids, slots)
+        self._policies[table].evicted(slots, ids)
+        return slots
+
+    def admit(self, table: int, ids: Tensor, slots: Tensor) -> None:
+        """Absent, distinct local `ids` [N] are in `slots` [N], which were taken out; clean and unpinned."""
+        self.map.set(ids + self.base_of[table], slots)
+        at = slots + self.slot_base_of[table]
+        self._owners.index_copy_(0, at, ids)
+        self._dirty.index_fill_(0, at, False)
+        self._policies[table].admitted(slots, ids)
+
+    def move(self, table: int, ids: Tensor, slots: Tensor) -> Tensor:
+        """Present, clean and unpinned `ids` [N] are in `slots` [N] now, which were taken out; returns the old ones."""
+        old = self.slots_of(table, ids)
+        base = self.slot_base_of[table]
+        self._owners.index_fill_(0, old + base, FREE)
+        self._owners.index_copy_(0, slots + base, ids)
+        self.map.set(ids + self.base_of[table], slots)
+        self._policies[table].moved(old, slots)
+        return old
+
+    def remove(self, table: int, ids: Tensor) -> Tensor:
+        """Make distinct, present and unpinned local `ids` [N] absent; returns their slots, taken out."""
+        slots = self.slots_of(table, ids)
+        self._empty(table, ids, slots)
+        self._policies[table].released(slots)
+        return slots
+
+    def drop(self, table: int, ids: Tensor) -> None:
+        """`remove`, and the slots are free; without regard to dirty marks."""
+        self.give(table, self.remove(table, ids))
+
+    def beside(self) -> SlotCache:
+        """An empty cache of the same tables over the same slots, which has none of them: for `give` and `replace`."""
+        other = SlotCache.__new__(SlotCache)
+        other.__dict__.update(self.__dict__)
+        # A second dense map costs nothing on the CPU until it is filled; on a GPU it would be allocated whole.
+        on_cpu = self.device.type == "cpu"
+        other.map = SlotMap(self.base_of[-1], self.device) if on_cpu else SparseSlotMap(self.device)
+        other._owners = torch.full_like(self._owners, FREE)
+        other._pins, other._dirty = torch.zeros_like(self._pins), torch.zeros_like(self._dirty)
+        other._policies = [type(p)(p.slots, p.device) for p in self._policies]
+        other._free = [FreeSlots(n + 1, n, self.device) for n in self.slots]
+        other._touches, other._kept = [deque() for _ in self.slots], [0] * len(self.slots)
+        return other
+
+    def replace(self, other: SlotCache) -> None:
+        """Take the place of a cache that this one was made `beside`; where there is one dense map, it changes hands."""
+        if isinstance(self.map, SlotMap) or isinstance(other.map, SparseSlotMap):
+            return
+        theirs = [self._placed(other, table) for table in range(len(self.slots))]
+        ours = [self._placed(self, table) for table in range(len(self.slots))]
+        dense, sparse = other.map, SparseSlotMap(self.device)
+        for ids, slots in theirs:
+            dense.clear(ids)
+            sparse.set(ids, slots)
+        for ids, slots in ours:
+            dense.set(ids, slots)
+        self.map, other.map = dense, sparse
+
+    @staticmethod
+    def _placed(cache: SlotCache, table: int) -> tuple[Tensor, Tensor]:
+        ids, slots = cache.resident(table)
+        return ids + cache.base_of[table], slots
+
+    def hottest(self, table: int) -> tuple[Tensor, Tensor]:
+        """(ids, slots) of the rows of a table that are in slots, the last to be evicted first."""
+        self._apply_touches(table)
+        ids, slots = self.resident(table)
+        order = self._policies[table].heat()[slots].argsort(descending=True, stable=True)
+        return ids[order], slots[order]
+
+    def release_all(self, table: int) -> Tensor:
+        """Every slot that is this cache's own, taken out; rows in them are absent, whatever the slot map says."""
+        _, held = self.resident(table)
+        slots = torch.cat([held, self._free[table].all()])
+        first, last = self.slot_base_of[table], self.slot_base_of[table + 1]
+        self._owners[first:last] = FREE
+        self._free[table] = FreeSlots(1, 0, self.device)
+        return slots
 
     def pin(self, at: Tensor, count: int) -> None:
         """Add `count` (negative: take away) to the pins of concatenated slots `at` [N] (slot + slot base)."""
@@ -204,20 +290,23 @@ class SlotCache:
         slots = torch.nonzero(mask[first:last]).flatten()
         return self._owners[slots + first], slots
 
-    def check(self) -> None:
-        """Verify every invariant; raises `RuntimeError` that names the one broken. Reads the whole slot map."""
+    def check(self, away: Sequence[Tensor] | None = None) -> None:
+        """Verify every invariant; raises `RuntimeError` that names the one broken. Reads the whole slot map.
+
+        Args:
+            away: for each table, the slots that are taken out; None: none are.
+        """
         present = self.map.present()
         seen = 0
         for table, slots in enumerate(self.slots):
             first, last = self.slot_base_of[table], self.slot_base_of[table + 1]
             ids, held = self.resident(table)
             seen += ids.numel()
-            freed = torch.cat([*self._freed[table], held[:0]])
-            never = torch.arange(self._unused[table], slots + 1, device=self.device)
-            every = torch.cat([held, freed, never]).sort().values
+            taken = held[:0] if away is None else away[table]
+            every = torch.cat([held, self._free[table].all(), taken]).sort().values
             wanted = torch.arange(1, slots + 1, device=self.device)
             pins, owners = self._pins[first:last], self._owners[first:last]
-            _require(torch.equal(every, wanted), table, "each slot is held, freed or never used, exactly once")
+            _require(torch.equal(every, wanted), table, "each slot is held, free or taken out, exactly once")
             _require(torch.equal(self.slots_of(table, ids), held), table, "the slot map and the owners agree")
             _require(not bool((pins < 0).any()), table, "no pin count is negative")
             _require(not bool(((pins > 0) & (owners == FREE)).any()), table, "only rows in slots are pinned")
@@ -237,4 +326,4 @@ def _require(holds: bool, table: int, what: str) -> None:
         raise RuntimeError(f"cache invariant broken in table {table}: {what}")
 
 
-__all__ = ["BYTES_PER_SLOT", "FREE", "POLICIES", "Reservation", "SlotCache"]
+__all__ = ["FREE", "Reservation", "SlotCache"]

@@ -40,7 +40,38 @@ class SlotMap:
 
     @property
     def nbytes(self) -> int:
-        return self._slots.numel() * SLOT_MAP_BYTES_PER_ROW
+        """Bytes that the map takes when every page is touched."""
+        return self._slots.numel() * self._slots.element_size()
 
 
-__all__ = ["SLOT_MAP_BYTES_PER_ROW", "SlotMap"]
+class SparseSlotMap:
+    """The same by sorted ids, a few bytes for each present one: for a map that is written in large batches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._ids = torch.empty(0, dtype=torch.int64, device=device)
+        self._slots = torch.empty(0, dtype=torch.int32, device=device)
+
+    def get(self, ids: Tensor) -> Tensor:
+        if not self._ids.numel():
+            return torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
+        at = torch.searchsorted(self._ids, ids).clamp_(max=self._ids.numel() - 1)
+        return torch.where(self._ids[at] == ids, self._slots[at], 0)
+
+    def set(self, ids: Tensor, slots: Tensor) -> None:
+        self.clear(ids)
+        merged, order = torch.cat([self._ids, ids]).sort()
+        self._ids, self._slots = merged, torch.cat([self._slots, slots.to(torch.int32)])[order]
+
+    def clear(self, ids: Tensor) -> None:
+        kept = ~torch.isin(self._ids, ids)
+        self._ids, self._slots = self._ids[kept], self._slots[kept]
+
+    def present(self) -> Tensor:
+        return self._ids[self._slots != 0]
+
+    @property
+    def nbytes(self) -> int:
+        return self._ids.numel() * 12
+
+
+__all__ = ["SLOT_MAP_BYTES_PER_ROW", "SlotMap", "SparseSlotMap"]

@@ -3,30 +3,22 @@
 The rate that counts here is per lookup, not per distinct id: of all lookups, repeated ones included, the share whose
 row is in a slot. Lookups are taken as independent draws from the profile, one at a time: traffic that asks again soon
 for what it just asked for hits more often than this says.
-
-For LRU this is Che's approximation: a row is in the cache if it was asked for within the last T lookups, with one T
-for all rows, set by the cache's size (H. Che, Y. Tung, Z. Wang, "Hierarchical Web Caching Systems: Modeling, Design
-and Experimental Results", IEEE JSAC 20(7), 2002). For CLOCK, the default policy, the same argument is applied to its
-hand: T is the time of one sweep, and a row that enters unmarked stays sweep after sweep while it is asked for in each.
-With x = pT it stays exp(x) sweeps on average, then is absent for 1/p, so that it is present for the share
-x exp(x) / (1 + x exp(x)) of the time; LRU has 1 - exp(-x).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from torchrec_turbossd.errors import ConfigError
+from torchrec_turbossd.sizing.presence import PRESENCE
 from torchrec_turbossd.sizing.profile import AccessProfile, Floats, Ints
 
-DEFAULT_POLICY = "clock"
-_KNOTS = 400
+DEFAULT_POLICY = "s3_fifo"
 
 
 class Curve(Protocol):
@@ -41,17 +33,17 @@ class HitRateCurve:
 
     Args:
         profile: how often each row is asked for.
-        policy: "clock" (None: the default) or "lru".
+        policy: "clock", "lru" or "s3_fifo" (None: the default).
 
     Raises:
-        ConfigError: another policy.
+        ConfigError: a policy without a model.
     """
 
     def __init__(self, profile: AccessProfile, policy: str | None = None) -> None:
         self.profile = profile
         self.policy = policy or DEFAULT_POLICY
-        if self.policy not in _PRESENT:
-            raise ConfigError(f"no hit-rate model of policy {policy!r}; there is one of {', '.join(sorted(_PRESENT))}")
+        if self.policy not in PRESENCE:
+            raise ConfigError(f"no hit-rate model of policy {policy!r}; there is one of {', '.join(sorted(PRESENCE))}")
 
     @overload
     def hit_rate(self, slots: float) -> float: ...
@@ -95,26 +87,14 @@ class HitRateCurve:
         """Rising slots and hit rates, between which the curve is straight: from (0, 0) to (rows asked for, 1)."""
         asked = self.profile.chances > 0
         sizes, chances = self.profile.sizes[asked].astype(np.float64), self.profile.chances[asked]
-        times = np.geomspace(1e-2, 50.0 / chances[-1], _KNOTS)
-        present = _PRESENT[self.policy](np.outer(times, chances))
+        present = PRESENCE[self.policy](chances, sizes)
         filled, hits = present @ sizes, present @ (sizes * chances / (sizes @ chances))
+        # A solved model may waver in the last digits.
+        filled, hits = np.maximum.accumulate(filled), np.maximum.accumulate(hits)
         below = (filled < sizes.sum()) & (hits < 1)
         filled, hits = np.append(0.0, filled[below]), np.append(0.0, hits[below])
         rising = np.append(True, (np.diff(filled) > 0) & (np.diff(hits) > 0))
         return np.append(filled[rising], sizes.sum()), np.append(hits[rising], 1.0)
-
-
-def _present_lru(x: Floats) -> Floats:
-    return -np.expm1(-x)
-
-
-def _present_clock(x: Floats) -> Floats:
-    # Divided through by exp(x), which would overflow.
-    present: Floats = x / (x + np.exp(-x))
-    return present
-
-
-_PRESENT: dict[str, Callable[[Floats], Floats]] = {"clock": _present_clock, "lru": _present_lru}
 
 
 class ShardCurve:

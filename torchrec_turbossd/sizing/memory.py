@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torchrec_turbossd.errors import BudgetError
 
-BYTES_PER_SLOT = 14
-"""Bookkeeping of one slot: owner (8), pin count (4), dirty mark (1), eviction policy's mark (1)."""
+BYTES_PER_SLOT = 26
+"""Bookkeeping of one slot: owner (8), pin count (4), dirty mark (1), the default eviction policy's (13)."""
 
 SLOT_MAP_BYTES_PER_ROW = 4
 """One int32 slot map entry for each row of the shard, cached or not."""
