@@ -104,7 +104,7 @@ def _load(modules: list[TurboSSDShardedEmbeddingBagCollection], manifest: Manife
     # On the snapshot's own file system, where a clone is made of hard links.
     scratch = Path(tempfile.mkdtemp(prefix=".turbossd-load-", dir=path.absolute().parent))
     try:
-        for part in manifest.parts:
+        for part in manifest.stores:
             wanted = {key: s for key, s in part.shards.items() if any(_overlap(s, t) for t in tables.get(s.table, []))}
             if wanted:
                 _load_part(path / part.directory, scratch / part.directory, part, manifest, tables)

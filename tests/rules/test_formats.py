@@ -9,9 +9,11 @@ import pytest
 from tests.rules.tree import ROOT
 from torchrec_turbossd.serving import generations
 from torchrec_turbossd.snapshot import manifest
-from torchrec_turbossd.store import directory
+from torchrec_turbossd.store import directory, flat, journal, layered_form
 
-FORMATS = [(module.FORMAT, module.FORMAT_VERSION) for module in (directory, manifest, generations)]
+FORMATS = [
+    (module.FORMAT, module.FORMAT_VERSION) for module in (directory, flat, journal, layered_form, manifest, generations)
+]
 
 
 @pytest.mark.parametrize(("name", "version"), FORMATS)

@@ -57,4 +57,4 @@ def one_table_snapshot(path: Path, table: TableSpec, rows: Rows, **options: obje
 
 def row_file(path: Path) -> Path:
     """A file of `path` that holds rows."""
-    return next(f for f in sorted(path.rglob("*.sst")))
+    return next(f for f in sorted(path.rglob("*")) if f.suffix in (".rows", ".sst"))

@@ -15,7 +15,7 @@ from tests.snapshot.snapshot_kit import ShardRows, one_table_snapshot, row_file,
 from torchrec_turbossd.errors import ConfigError, CorruptError, SnapshotError, UnknownTableError, UnsupportedError
 from torchrec_turbossd.rows import initial_rows, initial_weights, quantise
 from torchrec_turbossd.snapshot import convert_to_serving, verify
-from torchrec_turbossd.store import RocksRowStore
+from torchrec_turbossd.store import LayeredRowStore
 from torchrec_turbossd.tables import InitRule, StateSpec, TableShard, TableSpec
 
 PER_ROW = (StateSpec(name="momentum1", per_row=True),)
@@ -104,7 +104,8 @@ def test_rows_of_all_ranks_quantised(
     assert seen == sorted(seen) and seen[-1] == (360, 360)
 
     shutil.copytree(tmp_path / "serving" / "part-0", tmp_path / "opened")
-    store = RocksRowStore(tmp_path / "opened", {t.name: t.row_bytes for t in manifest.tables}, create=False)
+    sizes, rows_of = {t.name: t.row_bytes for t in manifest.tables}, {t.name: t.rows for t in manifest.tables}
+    store = LayeredRowStore(tmp_path / "opened", sizes, rows_of, create=False)
     try:
         for spec in manifest.tables:
             ids = torch.arange(90)

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 import torchrec_turbossd.store
-from torchrec_turbossd.store import MemoryRowStore, RocksRowStore, RowStore, WriteBackStore
+from torchrec_turbossd.store import LayeredRowStore, MemoryRowStore, RocksRowStore, RowStore, WriteBackStore
 from torchrec_turbossd.store.directory import FORMAT_FILE
+from torchrec_turbossd.store.layered_writer import LayeredWriter
 
 SIZES = {"users": 12, "items@0+4": 7}
-KINDS = ("memory", "rocks", "rocks without log", "write-back over memory", "write-back over rocks")
+KINDS = ("memory", "rocks", "rocks without log", "write-back over memory", "write-back over rocks", "layered")
+TABLE_ROWS = 1000
+"""Rows of each table of a layered store; ids beyond are written too."""
+BASE_SALT = 77
 
 
 def rows_of(ids: Tensor, width: int, salt: int = 0) -> Tensor:
@@ -46,6 +50,8 @@ class Maker:
         store: RowStore
         if self.kind.endswith("memory"):
             store = MemoryRowStore(sizes)
+        elif self.kind == "layered":
+            store = layered(self.root / name, sizes)
         else:
             store = RocksRowStore(self.root / name, sizes, wal="without log" not in self.kind)
         if self.kind.startswith("write-back"):
@@ -55,9 +61,28 @@ class Maker:
 
     def open_checkpoint(self, path: Path, sizes: Mapping[str, int] = SIZES) -> RowStore:
         store: RowStore
-        store = MemoryRowStore.open(path) if self.kind.endswith("memory") else RocksRowStore(path, sizes, create=False)
+        if self.kind == "layered":
+            store = layered(path, sizes, create=False)
+        elif self.kind.endswith("memory"):
+            store = MemoryRowStore.open(path)
+        else:
+            store = RocksRowStore(path, sizes, create=False)
         self.made.append(store)
         return store
+
+
+def layered(path: Path, sizes: Mapping[str, int] = SIZES, *, create: bool = True) -> LayeredRowStore:
+    """A layered store of tables of `TABLE_ROWS` rows."""
+    return LayeredRowStore(path, sizes, dict.fromkeys(sizes, TABLE_ROWS), create=create)
+
+
+def based(path: Path, ids: Tensor) -> Path:
+    """A closed store whose base has `ids` in every table."""
+    with LayeredWriter(path, SIZES, dict.fromkeys(SIZES, TABLE_ROWS)) as writer:
+        for table, width in SIZES.items():
+            writer.append(table, ids, rows_of(ids, width, BASE_SALT))
+        writer.finish()
+    return path
 
 
 def made(path: Path, count: int = 10) -> Path:

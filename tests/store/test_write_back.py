@@ -13,6 +13,7 @@ import torch
 from tests.store.store_kit import SIZES, batch_of, rows_of
 from torchrec_turbossd.errors import ClosedError, ConfigError, StoreError, StoreFullError
 from torchrec_turbossd.store import MemoryRowStore, Rows, WriteBackStore
+from torchrec_turbossd.store.write_back import Applying
 
 
 class Gated(MemoryRowStore):
@@ -192,6 +193,55 @@ def test_checkpoint_and_scan_hold_what_was_written_before(store: WriteBackStore,
     copy = MemoryRowStore.open(tmp_path / "copy")
     assert_salt(copy, list(range(21)), 0)
     copy.close()
+
+
+def test_a_reserved_batch_is_seen_once_published_and_its_room_can_be_given_back(
+    store: WriteBackStore, inner: Gated
+) -> None:
+    ids = list(range(2000))
+    store.write(batch_of([1]))
+    reserved = store.reserve(batch_of(ids, salt=3))
+    assert not store.read("users", torch.tensor([7]))[1].any()
+    writer = threading.Thread(target=store.write, args=(batch_of(ids, salt=4),))
+    writer.start()
+    writer.join(0.05)
+    assert writer.is_alive()
+    store.release(reserved)
+    writer.join(20)
+    assert not writer.is_alive()
+    assert_salt(store, [7], 4)
+    again = store.reserve(batch_of([7], salt=5))
+    store.publish(again, 17)
+    assert_salt(store, [7], 5)
+    inner.go.set()
+    store.flush()
+    assert store.applied == 17
+
+
+def test_chunks_hooks_and_tries_of_its_own(inner: Gated) -> None:
+    told: list[tuple[str, int]] = []
+    how = Applying(
+        rows=100,
+        before=lambda n: told.append(("before", n)),
+        after=lambda n: told.append(("after", n)),
+        retry_s=0.01,
+    )
+    store = WriteBackStore(inner, max_pending_bytes=100_000, applying=how)
+    inner.failure = StoreFullError("disk full")
+    inner.go.set()
+    store.write(batch_of(list(range(250)), salt=3))
+    wait_until_failed(store)
+    with pytest.raises(StoreFullError):
+        store.settle()
+    inner.failure = None
+    end = time.monotonic() + 20
+    while store._error is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    store.settle()
+    assert inner.calls == [{table: count} for table in SIZES for count in (100, 100, 50)]
+    assert_salt(inner, [0, 249], 3)
+    store.close()
+    assert told[-1] == ("after", 1) and told[:-1] == [("before", 1)] * (len(told) - 1) and len(told) > 2
 
 
 def test_a_limit_that_makes_no_sense_is_refused(inner: Gated) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchrec_turbossd.snapshot.bulk import write_serving_snapshot
 from torchrec_turbossd.snapshot.convert import check_data_types, convert_to_serving
 from torchrec_turbossd.snapshot.manifest import MANIFEST_FILE, FileDigest, Manifest, Part, ShardRange
 from torchrec_turbossd.snapshot.verify import read_manifest, verify
@@ -22,4 +23,5 @@ __all__ = [
     "snapshot_part",
     "staging_directory",
     "verify",
+    "write_serving_snapshot",
 ]

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
-from torch import Tensor
 
 from torchrec_turbossd.errors import ConfigError, UnknownTableError, UnsupportedError
 from torchrec_turbossd.rows import quantise
+from torchrec_turbossd.snapshot.in_order import in_order
 from torchrec_turbossd.snapshot.manifest import Manifest, Part, ShardRange
 from torchrec_turbossd.snapshot.merge import Source, check_cover, merged_weights
 from torchrec_turbossd.snapshot.verify import verify
-from torchrec_turbossd.snapshot.write import commit_snapshot, snapshot_part, staging_directory
+from torchrec_turbossd.snapshot.write import commit_snapshot, digest_part, staging_directory
 from torchrec_turbossd.store.checkpoint import clone_directory
 from torchrec_turbossd.store.contract import Rows, RowStore
+from torchrec_turbossd.store.layered import LayeredRowStore
+from torchrec_turbossd.store.layered_writer import LayeredWriter
 from torchrec_turbossd.store.rocks import RocksRowStore
 from torchrec_turbossd.tables import SERVING_TYPES, TRAINING_TYPES, TableShard, TableSpec, with_type
 
 Progress = Callable[[int, int], None]
+Window = tuple[int, str, Rows]
+"""(row ids passed of all tables, table, rows)."""
+
 _PART = "part-0"
 _WIDTHS = {SparseType.INT4: 4, SparseType.INT2: 8}
 """FBGEMM quantises these types two bytes at a time."""
@@ -39,9 +45,10 @@ def convert_to_serving(
 ) -> Manifest:
     """Write the serving snapshot of the snapshot at `training_path` to `serving_path`.
 
-    The parts of all ranks become one row store of whole rows, without state. Only rows that were written are; the
-    tables keep their rule for the others, so that these are answered as the trained ones would be. Windows of rows
-    pass through memory, never a whole table. A serving snapshot of several parts is merged in the same way.
+    The parts of all ranks become one layered row store of whole rows, without state. Only rows that were written are;
+    the tables keep their rule for the others, so that these are answered as the trained ones would be. Windows of rows
+    pass through memory, never a whole table. A serving snapshot of several parts, or of another kind of row store, is
+    brought to this form in the same way.
 
     Args:
         training_path: verified first, and not changed.
@@ -58,7 +65,7 @@ def convert_to_serving(
     """
     manifest = verify(training_path)
     pairs = [(manifest.table(name), data_type) for name, data_type in _types(manifest, data_types).items()]
-    targets = [_target(table, data_type) for table, data_type in pairs]
+    targets = [serving_table(table, data_type) for table, data_type in pairs]
     for table, _ in pairs:
         check_cover(manifest, table)
     with staging_directory(serving_path) as staging:
@@ -66,24 +73,44 @@ def convert_to_serving(
         scratch.mkdir()
         with ExitStack() as stack:
             sources = _open_parts(manifest, Path(training_path), scratch, stack)
-            sizes = {t.name: t.row_bytes for t in targets}
-            store = RocksRowStore(scratch / "merged", sizes, wal=False)
-            stack.callback(store.close)
-            _copy(_rows(pairs, targets, sources), store, sum(t.rows for t in targets), progress)
-            files = snapshot_part(store, staging / _PART)
+            write_rows(staging, targets, _rows(pairs, targets, sources), progress)
         shutil.rmtree(scratch)
-        shards = {t.name: ShardRange.of(TableShard.whole(t)) for t in targets}
-        converted = Manifest(
-            kind="serving",
-            id=uuid.uuid4().hex,
-            version=manifest.version,
-            tables=tuple(targets),
-            parts=(Part(directory=_PART, shards=shards),),
-            files=files,
-            extra=manifest.extra,
-        )
-        commit_snapshot(staging, serving_path, converted)
-    return converted
+        return commit_rows(staging, serving_path, targets, version=manifest.version, extra=manifest.extra)
+
+
+def write_rows(
+    staging: Path,
+    targets: Sequence[TableSpec],
+    windows: Iterator[Window],
+    progress: Progress | None,
+) -> None:
+    """Write windows of rows, table by table and ascending, to the one part of a serving snapshot in `staging`."""
+    sizes, rows = {t.name: t.row_bytes for t in targets}, {t.name: t.rows for t in targets}
+    total = sum(rows.values())
+    with LayeredWriter(staging / _PART, sizes, rows) as writer:
+        for passed, name, (ids, data) in windows:
+            writer.append(name, ids, data)
+            if progress is not None:
+                progress(passed, total)
+        writer.finish()
+
+
+def commit_rows(
+    staging: Path, path: Path | str, targets: Sequence[TableSpec], *, version: int, extra: Mapping[str, Any]
+) -> Manifest:
+    """Make what `write_rows` wrote the serving snapshot at `path`."""
+    shards = {t.name: ShardRange.of(TableShard.whole(t)) for t in targets}
+    manifest = Manifest(
+        kind="serving",
+        id=uuid.uuid4().hex,
+        version=version,
+        tables=tuple(targets),
+        parts=(Part(directory=_PART, shards=shards, store="layered"),),
+        files=digest_part(staging / _PART),
+        extra=extra,
+    )
+    commit_snapshot(staging, path, manifest)
+    return manifest
 
 
 def check_data_types(data_types: Any) -> None:
@@ -115,7 +142,12 @@ def _types(manifest: Manifest, data_types: SparseType | Mapping[str, SparseType]
     return {name: data_types[name] for name in names if name in data_types}
 
 
-def _target(table: TableSpec, data_type: SparseType) -> TableSpec:
+def serving_table(table: TableSpec, data_type: SparseType) -> TableSpec:
+    """The form of `table` in which it is served as `data_type`.
+
+    Raises:
+        UnsupportedError: a type that cannot be served. ConfigError: a quantised table in another type, or a width.
+    """
     if data_type not in SERVING_TYPES:
         known = ", ".join(t.name for t in SERVING_TYPES)
         raise UnsupportedError(f"table {table.name!r} cannot be served as {data_type}; use one of {known}")
@@ -132,10 +164,15 @@ def _target(table: TableSpec, data_type: SparseType) -> TableSpec:
 def _open_parts(manifest: Manifest, path: Path, scratch: Path, stack: ExitStack) -> list[Source]:
     """Every shard of every part. Parts are cloned first, because opening a store writes to its directory."""
     sources = []
-    for part in manifest.parts:
+    for part in manifest.stores:
         clone_directory(path / part.directory, scratch / part.directory)
         sizes = {key: manifest.table(s.table).row_bytes_of(s.cols) for key, s in part.shards.items()}
-        store = RocksRowStore(scratch / part.directory, sizes, create=False, read_only=True)
+        store: RowStore
+        if part.store == "layered":
+            rows = {key: manifest.table(s.table).rows for key, s in part.shards.items()}
+            store = LayeredRowStore(scratch / part.directory, sizes, rows, create=False)
+        else:
+            store = RocksRowStore(scratch / part.directory, sizes, create=False, read_only=True)
         stack.callback(store.close)
         sources += [Source(store=store, key=key, range=shard) for key, shard in part.shards.items()]
     return sources
@@ -143,27 +180,23 @@ def _open_parts(manifest: Manifest, path: Path, scratch: Path, stack: ExitStack)
 
 def _rows(
     pairs: list[tuple[TableSpec, SparseType]], targets: list[TableSpec], sources: list[Source]
-) -> Iterator[tuple[int, str, Rows]]:
-    """(row ids passed, table, rows) of all tables in turn."""
+) -> Iterator[Window]:
+    """The windows of all tables in turn."""
     before = 0
     for (table, data_type), target in zip(pairs, targets, strict=True):
-        for ids, weights in merged_weights(table, [s for s in sources if s.range.table == table.name]):
-            yield before + int(ids[-1]) + 1, target.name, (ids, _final(table, weights, data_type))
+        held = merged_weights(table, [s for s in sources if s.range.table == table.name])
+        final = partial(_final_of, table, data_type)
+        for ids, rows in in_order(final, held):
+            yield before + int(ids[-1]) + 1, target.name, (ids, rows)
         before += table.rows
         yield before, target.name, (torch.empty(0, dtype=torch.int64), torch.empty(0, target.row_bytes).byte())
 
 
-def _final(table: TableSpec, weights: Tensor, data_type: SparseType) -> Tensor:
+def _final_of(table: TableSpec, data_type: SparseType, held: Rows) -> Rows:
+    ids, weights = held
     if data_type == table.data_type:
-        return weights.contiguous()
-    return quantise(weights.contiguous().view(TRAINING_TYPES[table.data_type]), data_type)
+        return ids, weights.contiguous()
+    return ids, quantise(weights.contiguous().view(TRAINING_TYPES[table.data_type]), data_type)
 
 
-def _copy(windows: Iterator[tuple[int, str, Rows]], store: RowStore, total: int, progress: Progress | None) -> None:
-    for passed, name, rows in windows:
-        store.write({name: rows})
-        if progress is not None:
-            progress(passed, total)
-
-
-__all__ = ["Progress", "check_data_types", "convert_to_serving"]
+__all__ = ["Progress", "Window", "check_data_types", "commit_rows", "convert_to_serving", "serving_table", "write_rows"]

@@ -16,6 +16,8 @@ FORMAT = "torchrec_turbossd.snapshot"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "MANIFEST.json"
 KINDS = ("training", "serving")
+HOT = "hot"
+STORES = ("rocks", "layered", HOT)
 
 FileDigest = tuple[int, str]
 """(bytes of a file, its SHA-256 in hexadecimal)."""
@@ -44,13 +46,15 @@ class ShardRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One row store of a snapshot.
+    """One row store of a snapshot, or its hot rows.
 
     directory: its folder, directly under the snapshot's. shards: what each of its tables (by store key) holds.
+    store: the kind of row store, "rocks" or "layered"; or "hot" for copies of rows in use, without shards.
     """
 
     directory: str
     shards: Mapping[str, ShardRange]
+    store: str = "rocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ class Manifest:
         for name in (*directories, *self.files):
             _check_path(name)
         for part in self.parts:
+            if part.store not in STORES:
+                raise SnapshotError(f"a part's store is {' or '.join(STORES)}, got {part.store!r}")
             for key, shard in part.shards.items():
                 _check_range(part.directory, key, shard, known.get(shard.table))
 
@@ -97,6 +103,11 @@ class Manifest:
         raise SnapshotError(
             f"the snapshot has no table {name!r}; its tables are {', '.join(repr(t.name) for t in self.tables)}"
         )
+
+    @property
+    def stores(self) -> tuple[Part, ...]:
+        """The parts that are row stores."""
+        return tuple(p for p in self.parts if p.store != HOT)
 
     def files_of(self, part: Part) -> dict[str, FileDigest]:
         """Files of one part, by their path under its folder."""
@@ -112,7 +123,11 @@ class Manifest:
             "version": self.version,
             "tables": [t.to_json() for t in self.tables],
             "parts": [
-                {"directory": p.directory, "shards": {key: vars(shard) for key, shard in p.shards.items()}}
+                {
+                    "directory": p.directory,
+                    "store": p.store,
+                    "shards": {key: vars(shard) for key, shard in p.shards.items()},
+                }
                 for p in self.parts
             ],
             "files": {name: list(digest) for name, digest in self.files.items()},
@@ -157,7 +172,11 @@ class Manifest:
     @classmethod
     def _from_json(cls, body: dict[str, Any]) -> Manifest:
         parts = [
-            Part(directory=p["directory"], shards={key: ShardRange(**shard) for key, shard in p["shards"].items()})
+            Part(
+                directory=p["directory"],
+                shards={key: ShardRange(**shard) for key, shard in p["shards"].items()},
+                store=p.get("store", "rocks"),
+            )
             for p in body["parts"]
         ]
         return cls(
@@ -197,8 +216,10 @@ def _check_range(directory: str, key: str, shard: ShardRange, table: TableSpec |
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "HOT",
     "KINDS",
     "MANIFEST_FILE",
+    "STORES",
     "FileDigest",
     "Manifest",
     "Part",

@@ -76,7 +76,7 @@ def merged_weights(table: TableSpec, sources: Sequence[Source]) -> Iterator[Rows
             return
         end = min(ends)
         taken = [s.take(end) for s in streams]
-        ids = torch.unique(torch.cat([each for each, _ in taken]))
+        ids = taken[0][0] if len(taken) == 1 else torch.unique(torch.cat([each for each, _ in taken]))
         yield ids, torch.cat([s.spread(ids, *part) for s, part in zip(streams, taken, strict=True)], dim=1)
 
 

@@ -1,13 +1,19 @@
-"""The row store: rows of bytes by (table, global row id), in RocksDB or in memory."""
+"""The row store: rows of bytes by (table, global row id), in RocksDB, in layers or in memory."""
 
 from torchrec_turbossd.store.checkpoint import clone_directory
 from torchrec_turbossd.store.contract import Rows, RowStore
+from torchrec_turbossd.store.flat import FlatTable, FlatWriter
+from torchrec_turbossd.store.layered import Committed, LayeredRowStore
 from torchrec_turbossd.store.memory import MemoryRowStore
 from torchrec_turbossd.store.rocks import RocksRowStore, remove_store
 from torchrec_turbossd.store.rocks_options import RocksOptions
 from torchrec_turbossd.store.write_back import WriteBackStore
 
 __all__ = [
+    "Committed",
+    "FlatTable",
+    "FlatWriter",
+    "LayeredRowStore",
     "MemoryRowStore",
     "RocksOptions",
     "RocksRowStore",

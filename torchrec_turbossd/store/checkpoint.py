@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from torchrec_turbossd.errors import StoreFullError
-from torchrec_turbossd.store.directory import FORMAT_FILE, read_format, staged
+from torchrec_turbossd.store import directory, linking
 from torchrec_turbossd.store.faults import os_errors
+from torchrec_turbossd.store.flat import IDS_SUFFIX, ROWS_SUFFIX
+from torchrec_turbossd.store.layered_form import FORMAT, FORMAT_VERSION, read_form
 
-_IMMUTABLE = (".sst",)
-_LEFT_OUT = ("LOCK", "LOG", f".{FORMAT_FILE}.")
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
-_SPARE_BYTES = 4 << 20
+_IMMUTABLE = (".sst", ROWS_SUFFIX, IDS_SUFFIX)
+_LEFT_OUT = ("LOCK", "LOG", f".{directory.FORMAT_FILE}.")
 
 
 def clone_directory(src: Path, dst: Path, *, progress: Callable[[int, int], None] | None = None) -> bool:
@@ -38,47 +34,23 @@ def clone_directory(src: Path, dst: Path, *, progress: Callable[[int, int], None
         StoreError: `dst` exists, or a file cannot be read or written.
     """
     src, dst = Path(src).absolute(), Path(dst).absolute()
-    read_format(src)
+    body = directory.read_body(src, {directory.FORMAT: directory.FORMAT_VERSION, FORMAT: FORMAT_VERSION})
+    is_layered = body["format"] == FORMAT
+    (read_form if is_layered else directory.read_format)(src)
     with os_errors(src):
-        files = sorted(f for f in src.iterdir() if f.is_file() and not f.name.startswith(_LEFT_OUT))
-    with staged(dst) as temp:
-        temp.mkdir()
+        folders = sorted(f for f in src.rglob("*") if f.is_dir()) if is_layered else []
+        found = [f for folder in (src, *folders) for f in sorted(folder.iterdir())]
+        files = [f for f in found if f.is_file() and not f.name.startswith(_LEFT_OUT)]
+    with directory.staged(dst) as temp:
+        for folder in (src, *folders):
+            (temp / folder.relative_to(src)).mkdir()
         rows = [f for f in files if f.suffix in _IMMUTABLE]
-        linked = _link_all(rows, temp)
-        _copy_all([f for f in files if not linked or f not in rows], temp, progress)
+        linked = linking.link_all(rows, [temp / f.relative_to(src) for f in rows])
+        copies = [f for f in files if not linked or f not in rows]
+        linking.copy_all(copies, [temp / f.relative_to(src) for f in copies], progress)
+        for folder in folders:
+            directory.sync_directory(temp / folder.relative_to(src))
     return linked
-
-
-def _link_all(files: list[Path], target: Path) -> bool:
-    for file in files:
-        try:
-            os.link(file, target / file.name)
-        except OSError as error:
-            if error.errno not in _NO_LINK:
-                raise
-            for done in target.iterdir():
-                done.unlink()
-            return False
-    return True
-
-
-def _copy_all(files: list[Path], target: Path, progress: Callable[[int, int], None] | None) -> None:
-    total = sum(f.stat().st_size for f in files)
-    free = shutil.disk_usage(target).free
-    if free < total + _SPARE_BYTES:
-        raise StoreFullError(
-            f"cloning to {target.parent} copies {total} bytes and leaves {_SPARE_BYTES} spare, {free} are free; "
-            f"free some space or clone within one file system"
-        )
-    done = 0
-    for file in files:
-        with file.open("rb") as source, (target / file.name).open("xb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-            copy.flush()
-            os.fsync(copy.fileno())
-            done += copy.tell()
-        if progress is not None:
-            progress(done, total)
 
 
 __all__ = ["clone_directory"]

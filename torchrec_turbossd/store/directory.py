@@ -63,6 +63,11 @@ def staged(path: Path) -> Iterator[Path]:
 def write_format(path: Path, row_bytes: Mapping[str, int], *, replace: bool) -> None:
     """Write the format file of `path` as a whole, durably; with `replace=False` one that exists is kept."""
     body = {"format": FORMAT, "format_version": FORMAT_VERSION, "row_bytes": dict(row_bytes)}
+    write_body(path, body, replace=replace)
+
+
+def write_body(path: Path, body: Mapping[str, Any], *, replace: bool) -> None:
+    """Write `body` as the format file of `path`, as `write_format` does."""
     handle, temp = tempfile.mkstemp(prefix=_TEMP_PREFIX, dir=path)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -96,6 +101,22 @@ def read_format(path: Path) -> dict[str, int]:
         FormatVersionError: a newer release wrote it.
         CorruptError: the file does not read as one.
     """
+    body = read_body(path, {FORMAT: FORMAT_VERSION})
+    sizes = body.get("row_bytes")
+    if (
+        body.get("format_version") != FORMAT_VERSION
+        or not isinstance(sizes, dict)
+        or not all(map(is_size, sizes.values()))
+    ):
+        raise CorruptError(f"{path / FORMAT_FILE} lacks a version or row sizes; restore the store from a snapshot")
+    return dict(sizes)
+
+
+def read_body(path: Path, formats: Mapping[str, int]) -> dict[str, Any]:
+    """The format file of `path`, which is one of `formats`: the newest version that this release reads by name.
+
+    Raises as `read_format` does.
+    """
     try:
         with os_errors(path):
             text = (path / FORMAT_FILE).read_bytes()
@@ -107,27 +128,26 @@ def read_format(path: Path) -> dict[str, int]:
         body: Any = json.loads(text)
     except ValueError as error:
         raise CorruptError(f"{path / FORMAT_FILE} is not JSON ({error}); restore the store from a snapshot") from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+    newest = formats.get(str(body.get("format"))) if isinstance(body, dict) else None
+    if newest is None:
         raise ForeignDirectoryError(f"{path} is not a row store: its {FORMAT_FILE} is of another format")
     version = body.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > newest:
         raise FormatVersionError(
-            f"{path} has store format {version}, this release reads up to {FORMAT_VERSION}; use a newer release"
+            f"{path} has store format {version}, this release reads up to {newest}; use a newer release"
         )
-    sizes = body.get("row_bytes")
-    if version != FORMAT_VERSION or not isinstance(sizes, dict) or not all(map(_is_size, sizes.values())):
-        raise CorruptError(f"{path / FORMAT_FILE} lacks a version or row sizes; restore the store from a snapshot")
-    return dict(sizes)
+    return dict(body)
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Whether `value` is a positive int."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def check_sizes(row_bytes: Mapping[str, int]) -> None:
     """Raise `ConfigError` unless every table has a name and a positive number of bytes."""
     for table, size in row_bytes.items():
-        if not table or "\0" in table or not _is_size(size):
+        if not table or "\0" in table or not is_size(size):
             raise ConfigError(f"a table needs a name and a positive int of row bytes, got {table!r}: {size!r}")
 
 
@@ -186,9 +206,12 @@ __all__ = [
     "FORMAT_FILE",
     "FORMAT_VERSION",
     "check_sizes",
+    "is_size",
     "prepare",
+    "read_body",
     "read_format",
     "staged",
     "sync_directory",
+    "write_body",
     "write_format",
 ]

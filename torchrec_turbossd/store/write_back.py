@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,21 +21,48 @@ from torchrec_turbossd.store.gate import Gate
 _MERGE_BYTES = 512 << 10
 """Small batches are merged up to this size, so that a read searches few of them and the store writes few."""
 
+_MERGE_BYTES_IN_CHUNKS = 8 << 20
+"""The same where the store is given rows in chunks, whatever the size of a batch."""
+
 _Part = tuple[np.ndarray, np.ndarray]
 """(ids [N] int64, ascending and distinct; rows [N, row_bytes] uint8)."""
+
+
+def _size(parts: Mapping[str, _Part]) -> int:
+    return sum(ids.nbytes + rows.nbytes for ids, rows in parts.values())
+
+
+def _tensors(parts: Mapping[str, _Part]) -> dict[str, Rows]:
+    return {table: (torch.from_numpy(ids), torch.from_numpy(rows)) for table, (ids, rows) in parts.items()}
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """A batch that was checked and has room, by `WriteBackStore.reserve`."""
+
+    parts: Mapping[str, _Part]
+    size: int
+
+    def tensors(self) -> dict[str, Rows]:
+        """Its rows by table, ids ascending and distinct."""
+        return _tensors(self.parts)
 
 
 @dataclass(frozen=True)
 class _Batch:
     parts: Mapping[str, _Part]
+    size: int
     last: int
 
-    @property
-    def size(self) -> int:
-        return sum(ids.nbytes + rows.nbytes for ids, rows in self.parts.values())
-
-    def tensors(self) -> dict[str, Rows]:
-        return {table: (torch.from_numpy(ids), torch.from_numpy(rows)) for table, (ids, rows) in self.parts.items()}
+    def chunks(self, most: int | None) -> Iterator[dict[str, Rows]]:
+        """All rows, `most` at once."""
+        if most is None:
+            yield _tensors(self.parts)
+            return
+        for table, (ids, rows) in self.parts.items():
+            for first in range(0, ids.size, most):
+                part = slice(first, first + most)
+                yield _tensors({table: (ids[part], rows[part])})
 
     def then(self, newer: _Batch) -> _Batch:
         """Both as one write, in which rows of `newer` win."""
@@ -44,7 +72,7 @@ class _Batch:
                 ids = np.concatenate([parts[table][0], ids])
                 rows = np.concatenate([parts[table][1], rows])
             parts[table] = _last_of_each(ids, rows)
-        return _Batch(parts, newer.last)
+        return _Batch(parts, _size(parts), newer.last)
 
 
 def _last_of_each(ids: np.ndarray, rows: np.ndarray) -> _Part:
@@ -54,6 +82,22 @@ def _last_of_each(ids: np.ndarray, rows: np.ndarray) -> _Part:
     is_last = np.ones(order.size, dtype=np.bool_)
     is_last[:-1] = in_order[1:] != in_order[:-1]
     return in_order[is_last], rows[order[is_last]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applying:
+    """How batches go from memory to the store behind.
+
+    rows: written at once; None is a batch as a whole, which `inner` then takes atomically.
+    before: called with a batch's number before it is applied; what it raises counts as the store's failure.
+    after: called with its number once it is.
+    retry_s: after a failure, seconds until the next try; None tries only when `flush` or `close` asks for it.
+    """
+
+    rows: int | None = None
+    before: Callable[[int], None] | None = None
+    after: Callable[[int], None] | None = None
+    retry_s: float | None = None
 
 
 class WriteBackStore(RowStore):
@@ -70,14 +114,20 @@ class WriteBackStore(RowStore):
         inner: the store behind; nobody else may write to it. `close` closes it.
         max_pending_bytes: ids and rows not yet applied; a `write` beyond waits until there is room. One larger than
             this waits until nothing is pending.
+        applying: how batches go to `inner`.
     """
 
-    def __init__(self, inner: RowStore, *, max_pending_bytes: int) -> None:
+    def __init__(self, inner: RowStore, *, max_pending_bytes: int, applying: Applying | None = None) -> None:
         if max_pending_bytes < 1:
             raise ConfigError(f"max_pending_bytes must be at least 1, got {max_pending_bytes}")
         super().__init__(inner.row_bytes)
         self.inner = inner
         self.max_pending_bytes = max_pending_bytes
+        self._how = applying or Applying()
+        self._merge_bytes = _MERGE_BYTES if self._how.rows is None else _MERGE_BYTES_IN_CHUNKS
+        self._whole = threading.Lock()
+        """Held while a batch is applied: who holds it finds `inner` between two batches."""
+        self._reserved_bytes = 0
         self._gate = Gate("the write-back row store")
         self._changed = threading.Condition()
         self._queue: deque[_Batch] = deque()
@@ -127,49 +177,87 @@ class WriteBackStore(RowStore):
 
     def write(self, batch: Mapping[str, Rows]) -> None:
         with self._gate.call():
-            self.check_batch(batch)
-            parts = {t: _last_of_each(ids.numpy(), rows.numpy()) for t, (ids, rows) in batch.items() if ids.numel()}
-            if not parts:
-                return
-            size = _Batch(parts, 0).size
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._error is not None or self._has_room(size))
-                self._raise_discarded()
-                self._raise_kept()
-                self._written += 1
-                self._append(_Batch(parts, self._written))
-                self._changed.notify_all()
+            self.publish(self._reserve(batch))
+
+    def reserve(self, batch: Mapping[str, Rows]) -> Reserved:
+        """The first half of a `write`: check and copy `batch`, and wait for room. No read sees it."""
+        with self._gate.call():
+            return self._reserve(batch)
+
+    def _reserve(self, batch: Mapping[str, Rows]) -> Reserved:
+        self.check_batch(batch)
+        parts = {t: _last_of_each(ids.numpy(), rows.numpy()) for t, (ids, rows) in batch.items() if ids.numel()}
+        reserved = Reserved(parts, _size(parts))
+        # Here and not where they are published, which must be quick.
+        self._merge_last()
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._error is not None or self._has_room(reserved.size))
+            self._raise_discarded()
+            self._raise_kept()
+            self._reserved_bytes += reserved.size
+        return reserved
 
     def _has_room(self, size: int) -> bool:
-        return not self._queue or self._pending_bytes + size <= self.max_pending_bytes
+        return not self._queue or self._pending_bytes + self._reserved_bytes + size <= self.max_pending_bytes
 
-    def _append(self, new: _Batch) -> None:
-        self._pending_bytes += new.size
+    def release(self, reserved: Reserved) -> None:
+        """Give back the room of a batch that will not be published."""
+        with self._changed:
+            self._reserved_bytes -= reserved.size
+            self._changed.notify_all()
+
+    def publish(self, reserved: Reserved, number: int | None = None) -> None:
+        """The second half: reads that start after it see the batch. Waits for nothing.
+
+        Args:
+            number: the batch's, above those before; by default the next.
+
+        Raises:
+            ClosedError: the store was closed or discarded.
+        """
+        with self._changed:
+            self._reserved_bytes -= reserved.size
+            self._raise_discarded()
+            if not reserved.parts:
+                return
+            self._written = self._written + 1 if number is None else number
+            self._queue.append(_Batch(reserved.parts, reserved.size, self._written))
+            self._pending_bytes += reserved.size
+            self._changed.notify_all()
+
+    def _merge_last(self) -> None:
         # Merging only with what is not much larger costs each row a logarithmic number of copies.
-        while len(self._queue) > int(self._applying) and self._may_merge(self._queue[-1], new):
-            old = self._queue.pop()
+        while True:
+            with self._changed:
+                if len(self._queue) < 2 or not self._may_merge(self._queue[-2], self._queue[-1]):
+                    return
+                old, new = self._queue[-2], self._queue[-1]
             merged = old.then(new)
-            self._pending_bytes += merged.size - old.size - new.size
-            new = merged
-        self._queue.append(new)
+            with self._changed:
+                if len(self._queue) < 2 or self._queue[-1] is not new or (self._applying and self._queue[0] is old):
+                    return
+                self._queue.pop()
+                self._queue[-1] = merged
+                self._pending_bytes += merged.size - old.size - new.size
 
-    @staticmethod
-    def _may_merge(old: _Batch, new: _Batch) -> bool:
-        return old.size <= 2 * new.size and old.size + new.size <= _MERGE_BYTES
+    def _may_merge(self, old: _Batch, new: _Batch) -> bool:
+        return old.size <= 2 * new.size and old.size + new.size <= self._merge_bytes
+
+    @property
+    def applied(self) -> int:
+        """The number of the last batch that `inner` has, and all before it."""
+        return self._applied
 
     def _apply_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or (self._queue and self._error is None))
+                again = None if self._error is None else self._how.retry_s
+                self._changed.wait_for(lambda: self._stopping or (self._queue and self._error is None), again)
                 if self._stopping:
                     break
                 batch = self._queue[0]
                 self._applying = True
-            error: Exception | None = None
-            try:
-                self.inner.write(batch.tensors())
-            except Exception as failure:
-                error = failure
+            error = self._apply(batch)
             with self._changed:
                 self._applying = False
                 if error is None:
@@ -178,10 +266,25 @@ class WriteBackStore(RowStore):
                     self._applied = batch.last
                 self._error, self._told = error, False
                 self._changed.notify_all()
+            if error is None and self._how.after is not None:
+                self._how.after(batch.last)
         if self._discarding:
             # Here, because the thread that asked may be this one, in the middle of a write to `inner`.
             with contextlib.suppress(StoreError):
                 self.inner.close()
+
+    def _apply(self, batch: _Batch) -> Exception | None:
+        try:
+            if self._how.before is not None:
+                self._how.before(batch.last)
+            with self._whole:
+                for chunk in batch.chunks(self._how.rows):
+                    self.inner.write(chunk)
+                    # Lets threads run that wait for Python's global lock.
+                    time.sleep(0)
+        except Exception as failure:
+            return failure
+        return None
 
     def _raise_discarded(self) -> None:
         if self._stopping:
@@ -208,11 +311,17 @@ class WriteBackStore(RowStore):
             self._raise_discarded()
             self._raise_kept()
 
+    def settle(self, *, retry: bool = False) -> None:
+        """Raise a failure that is kept; one that was raised before, and with `retry` any, is tried again first."""
+        if self._error is not None:
+            self._drain(retry=retry)
+
     def scan(self, table: str, start: int = 0, window: int = 65536) -> Iterator[Rows]:
         with self._gate.call():
             self.check_scan(table, start, window)
             self._drain()
-            return self.inner.scan(table, start, window)
+            with self._whole:
+                return self.inner.scan(table, start, window)
 
     def flush(self) -> None:
         with self._gate.call():
@@ -222,7 +331,8 @@ class WriteBackStore(RowStore):
     def checkpoint(self, path: Path) -> None:
         with self._gate.call():
             self._drain()
-            self.inner.checkpoint(path)
+            with self._whole:
+                self.inner.checkpoint(path)
 
     def close(self) -> None:
         """Apply what is pending and close `inner`; where rows cannot be applied it stays open for another try."""
@@ -248,4 +358,4 @@ class WriteBackStore(RowStore):
             self._thread.join()
 
 
-__all__ = ["WriteBackStore"]
+__all__ = ["Applying", "Reserved", "WriteBackStore"]
