@@ -8,10 +8,21 @@ import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_embedding_utils import quantize_embs
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
 from torchrec_turbossd.errors import InputError
 from torchrec_turbossd.rows import as_row_bytes, initial_rows, initial_weights, last_of_each, quantise
-from torchrec_turbossd.tables import InitRule, StateSpec, TableShard, TableSpec, weight_bytes
+from torchrec_turbossd.tables import (
+    FP8_EXPONENT_BIAS,
+    FP8_EXPONENT_BITS,
+    FP8_LARGEST,
+    InitRule,
+    StateSpec,
+    TableShard,
+    TableSpec,
+    weight_bytes,
+)
 
 RULE = InitRule(seed=3, low=-0.25, high=0.5)
 PINNED = [
@@ -21,19 +32,89 @@ PINNED = [
 ]
 
 
-@pytest.mark.parametrize("dim", [4, 8, 20, 64])
-@pytest.mark.parametrize("data_type", [SparseType.INT8, SparseType.INT4, SparseType.INT2])
-def test_quantised_as_fbgemm_does(data_type: SparseType, dim: int) -> None:
-    dim = max(dim, 8) if data_type is SparseType.INT2 else dim
-    dim = dim // 8 * 8 if data_type is SparseType.INT2 else dim
-    rows = torch.randn(33, dim)
+WIDTHS = {
+    SparseType.FP8: (1, 4, 7, 8, 20, 64),
+    SparseType.INT8: (1, 4, 7, 8, 20, 64),
+    SparseType.INT4: (4, 8, 20, 64),
+    SparseType.INT2: (8, 24, 64),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(("data_type", "dim"), [(t, dim) for t, dims in WIDTHS.items() for dim in dims])
+def test_quantised_as_fbgemm_does(data_type: SparseType, dim: int, rows: int) -> None:
+    floats = torch.randn(rows, dim)
+    # FBGEMM's converter cannot take odd widths. The last element once more changes neither scale nor bias.
+    even = torch.cat([floats, floats[:, -1:].expand(rows, -dim % 4)], dim=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        body, scale_bias = quantize_embs(rows, data_type)
+        body, scale_bias = quantize_embs(even, data_type, SparseType.FP8.default_config())
     size = weight_bytes(dim, data_type)
-    assert scale_bias is not None
-    assert torch.equal(quantise(rows, data_type), torch.cat([scale_bias, body], dim=1)[:, :size])
-    assert quantise(rows[:0], data_type).shape == (0, size)
+    assert (scale_bias is None) == (data_type is SparseType.FP8)
+    want = body if scale_bias is None else torch.cat([scale_bias, body], dim=1)
+    assert torch.equal(quantise(floats, data_type), want[:, :size])
+    table = TableSpec(name="t", rows=9, dim=dim, data_type=data_type)
+    assert torch.equal(as_row_bytes(table, floats), want[:, :size])
+    assert quantise(floats[:0], data_type).shape == (0, size)
+
+
+def fp8_meaning() -> torch.Tensor:
+    """The number that each byte means, [256] float32, as a stock module looks it up."""
+    tbe = IntNBitTableBatchedEmbeddingBagsCodegen(
+        [("t", 256, 4, SparseType.FP8, EmbeddingLocation.HOST)],
+        output_dtype=SparseType.FP32,
+        device="cpu",
+        fp8_exponent_bits=FP8_EXPONENT_BITS,
+        fp8_exponent_bias=FP8_EXPONENT_BIAS,
+    )
+    tbe.initialize_weights()
+    every = torch.arange(256)
+    tbe.split_embedding_weights_with_scale_bias(split_scale_bias_mode=0)[0][0].copy_(every[:, None].expand(256, 4))
+    looked_up = tbe(every, torch.arange(257))
+    assert (looked_up == looked_up[:, :1]).all()
+    found: torch.Tensor = looked_up[:, 0]
+    return found
+
+
+def test_fp8_is_fbgemms_default() -> None:
+    config = SparseType.FP8.default_config()
+    wanted = [config.get(name) for name in ("exponent_bits", "exponent_bias", "max_position")]
+    assert wanted == [FP8_EXPONENT_BITS, FP8_EXPONENT_BIAS, FP8_LARGEST]
+    assert weight_bytes(7, SparseType.FP8) == 7, "no scale and no bias"
+
+
+def test_fp8_bytes_mean_the_nearest_number() -> None:
+    """Against the stock lookup of every byte: nearest, ties to the even mantissa, saturating, sign kept."""
+    meaning = fp8_meaning()
+    # Bytes 0 to 0x77 are the numbers from 0 to 240, in order.
+    held = meaning[:0x78].double()
+    assert (held.diff() > 0).all() and held[-1] == FP8_LARGEST and torch.equal(meaning[128:], -meaning[:128])
+    assert torch.equal(quantise(meaning[:0x78, None], SparseType.FP8).flatten(), torch.arange(0x78, dtype=torch.uint8))
+    halves = (held[1:] + held[:-1]) / 2
+    near = torch.tensor([1 - 2**-20, 1.0, 1 + 2**-20], dtype=torch.float64)
+    numbers = torch.cat([(halves[:, None] * near).flatten(), torch.rand(4000) * 250, torch.rand(4000) / 50]).float()
+    distance = (numbers.double()[:, None] - held).abs()
+    closest = distance == distance.min(dim=1, keepdim=True).values
+    # An even byte has an even mantissa, and of two neighbours one is even.
+    preferred = closest.double() + 0.5 * (closest & (torch.arange(0x78) % 2 == 0))
+    want = preferred.argmax(dim=1)
+    assert torch.equal(quantise(numbers[:, None], SparseType.FP8).flatten().long(), want)
+    assert torch.equal(quantise(-numbers[:, None], SparseType.FP8).flatten().long(), want + 128)
+    beyond = torch.tensor([[247.0, 1e30, -1e30, -300.0]])
+    assert meaning[quantise(beyond, SparseType.FP8).long()].tolist() == [[240.0, 240.0, -240.0, -240.0]]
+
+
+def test_fp8_rows_from_a_caller() -> None:
+    table = TableSpec(name="t", rows=9, dim=3, data_type=SparseType.FP8)
+    assert table.row_bytes == 3
+    rows = torch.tensor([[1.0, -0.5, 1e6]], dtype=torch.float64)
+    assert fp8_meaning()[as_row_bytes(table, rows).long()].tolist() == [[1.0, -0.5, 240.0]]
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(InputError, match="finite as fp8"):
+            as_row_bytes(table, torch.tensor([[1.0, wrong, 1.0]]))
+    every = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16)
+    assert torch.equal(as_row_bytes(table, every, (16,)), every[:, :3]), "every byte is a number"
+    assert not initial_rows(TableShard.whole(table), torch.arange(9)).any()
 
 
 def test_initial_rows_are_pinned() -> None:

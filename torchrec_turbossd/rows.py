@@ -14,7 +14,16 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
 from torchrec_turbossd.errors import InputError
-from torchrec_turbossd.tables import TRAINING_TYPES, InitRule, TableShard, TableSpec, weight_bytes
+from torchrec_turbossd.tables import (
+    FP8_EXPONENT_BIAS,
+    FP8_EXPONENT_BITS,
+    FP8_LARGEST,
+    TRAINING_TYPES,
+    InitRule,
+    TableShard,
+    TableSpec,
+    weight_bytes,
+)
 
 _MASK32 = 0xFFFFFFFF
 
@@ -65,17 +74,27 @@ def initial_weights(
 
 
 def quantise(weights: Tensor, data_type: SparseType) -> Tensor:
-    """Float rows [N, D] to [N, row bytes] uint8 in FBGEMM's inference layout (scale and bias first), on the CPU."""
+    """Float rows [N, D] to [N, row bytes] uint8 in FBGEMM's inference layout (scale and bias first), on the CPU.
+
+    By FBGEMM's own operators, so that bytes equal those of its converter. FP8 has no scale: each element becomes the
+    nearest number that a byte can mean, of two equally near ones that with an even mantissa, and what lies beyond 240
+    becomes 240.
+    """
     weights = weights.detach().cpu().contiguous()
     if data_type in TRAINING_TYPES:
         return weights.to(TRAINING_TYPES[data_type]).contiguous().view(torch.uint8)
     size = weight_bytes(weights.shape[1], data_type)
     if weights.shape[0] == 0:
         return torch.empty(0, size, dtype=torch.uint8)
+    if data_type is SparseType.FP8:
+        body: Tensor = torch.ops.fbgemm.FloatToHFP8Quantized(
+            weights.float(), FP8_EXPONENT_BITS, FP8_EXPONENT_BIAS, FP8_LARGEST
+        )
+        return body
     if data_type is SparseType.INT8:
         fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(weights.float())
         # The op gives scale and bias in float32; the inference layout has them in float16.
-        body, scale_bias = fused[:, :-8], fused[:, -8:].contiguous().view(torch.float32).half().view(torch.uint8)
+        body, scale_bias = fused[:, :-8], _packed(fused[:, -8:]).view(torch.float32).half().view(torch.uint8)
     else:
         fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(weights.float(), data_type.bit_rate())
         body, scale_bias = fused[:, :-4], fused[:, -4:]
@@ -100,10 +119,17 @@ def initial_rows(shard: TableShard, row_ids: Tensor) -> Tensor:
 
 
 def _floats_in(rows: Tensor, data_type: SparseType) -> Tensor:
-    """The floating numbers of row bytes: all of them, or scale and bias."""
+    """The floating numbers of row bytes that may fail to be finite: all of them, or scale and bias; none of FP8."""
     if data_type in TRAINING_TYPES:
         return rows.view(TRAINING_TYPES[data_type])
-    return rows[:, :4].contiguous().view(torch.float16)
+    if data_type is SparseType.FP8:
+        return rows[:, :0]
+    return _packed(rows[:, :4]).view(torch.float16)
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """A copy that can be viewed as wider numbers: `contiguous` copies no single row, wherever that lies."""
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def as_row_bytes(table: TableSpec, weights: Tensor, widths: tuple[int, ...] = ()) -> Tensor:

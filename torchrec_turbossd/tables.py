@@ -1,7 +1,8 @@
 """What a table is: rows, width, data type, optimizer state, and the bytes of one row.
 
-A row's bytes are its weights in FBGEMM's inference layout (quantised types: fp16 scale and bias first), then its
-optimizer state. Serving tables carry no state, so one description serves training and serving.
+A row's bytes are its weights in FBGEMM's inference layout (INT8, INT4 and INT2: fp16 scale and bias first; FP8: one
+byte an element and nothing else), then its optimizer state. Serving tables carry no state, so one description serves
+training and serving.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import rounded_row_
 from torchrec_turbossd.errors import ConfigError, UnknownTableError, UnsupportedError
 
 TRAINING_TYPES = {SparseType.FP32: torch.float32, SparseType.FP16: torch.float16}
-SERVING_TYPES = (SparseType.FP32, SparseType.FP16, SparseType.INT8, SparseType.INT4, SparseType.INT2)
+SERVING_TYPES = (
+    SparseType.FP32,
+    SparseType.FP16,
+    SparseType.FP8,
+    SparseType.INT8,
+    SparseType.INT4,
+    SparseType.INT2,
+)
+FP8_EXPONENT_BITS, FP8_EXPONENT_BIAS, FP8_LARGEST = 4, 7, 240.0
+"""FBGEMM's default FP8, in which rows are kept: sign, 4 bits of exponent with bias 7, 3 of mantissa, no infinity and no
+NaN. Quantised numbers go up to 240; bytes beyond it mean numbers up to 480."""
 MAX_SLOTS = 2**31 - 2
 
 
@@ -204,6 +215,9 @@ def with_type(table: TableSpec, data_type: SparseType) -> TableSpec:
 
 
 __all__ = [
+    "FP8_EXPONENT_BIAS",
+    "FP8_EXPONENT_BITS",
+    "FP8_LARGEST",
     "MAX_SLOTS",
     "SERVING_TYPES",
     "TRAINING_TYPES",
