@@ -15,6 +15,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, Sha
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_turbossd.cache import DEFAULT_POLICY
 from torchrec_turbossd.errors import ClosedError, ConfigError, UnknownTableError, UnsupportedError
 from torchrec_turbossd.metrics import TableReads
 from torchrec_turbossd.planner.kernel import TURBO_SSD
@@ -321,7 +322,7 @@ class TurboSSDEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         fused_params: as for TorchRec's sharder; `optimizer` is EXACT_SGD (also when none is given),
             EXACT_ROWWISE_ADAGRAD or EXACT_ADAGRAD for tables on SSD.
         load_factor: share of a shard's rows that get slots when the plan says nothing.
-        seed: of rows never written. policy: eviction policy, "clock" or "lru". read_threads: for each store.
+        seed: of rows never written. policy: an eviction policy by name. read_threads: for each store.
     """
 
     def __init__(
@@ -332,7 +333,7 @@ class TurboSSDEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         *,
         load_factor: float = 0.2,
         seed: int = 0,
-        policy: str = "clock",
+        policy: str = DEFAULT_POLICY,
         read_threads: int = 2,
     ) -> None:
         super().__init__(fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry)

@@ -19,6 +19,7 @@ from torchrec.modules.embedding_configs import data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_turbossd.cache import DEFAULT_POLICY
 from torchrec_turbossd.errors import ConfigError, UnsupportedError
 from torchrec_turbossd.planner.demand import ROW_STATE
 from torchrec_turbossd.sharding.optimizer import TurboSSDFusedOptimizer
@@ -49,7 +50,7 @@ class KernelOptions:
     """
 
     seed: int = 0
-    policy: str = "clock"
+    policy: str = DEFAULT_POLICY
 
 
 def _state(name: str, optimizer: EmbOptimType) -> tuple[StateSpec, ...]:

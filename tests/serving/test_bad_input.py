@@ -10,7 +10,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 
 from tests.serving.serving_kit import SPECS, every_row, ids
-from torchrec_turbossd.errors import InputError, RowIndexError, UnknownTableError
+from torchrec_turbossd.errors import InputError, RowIndexError, UnknownTableError, UnsupportedError
 from torchrec_turbossd.serving import TurboSSDInferenceModule
 
 build = TurboSSDInferenceModule.from_embedding_specs
@@ -77,3 +77,12 @@ def test_bad_updates_change_nothing(case: str, module: TurboSSDInferenceModule, 
     module.close()
     with build(SPECS, tmp_path, device="cpu", name="m", output_dtype=SparseType.FP32) as again:
         assert torch.equal(every_row(again), before)
+
+
+@pytest.mark.gpu
+def test_int2_rows_in_fp32_on_a_gpu(tmp_path: Path) -> None:
+    specs = [("a", 30, 16, SparseType.INT2)]
+    with pytest.raises(UnsupportedError, match="FP16 or BF16"):
+        build(specs, tmp_path, device="cuda", output_dtype=SparseType.FP32)
+    with build(specs, tmp_path, device="cuda", output_dtype=SparseType.BF16):
+        pass

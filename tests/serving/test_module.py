@@ -17,6 +17,7 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 
 from tests.serving.serving_kit import SPECS, every_row, ids
+from torchrec_turbossd.cache import BYTES_PER_SLOT
 from torchrec_turbossd.errors import (
     BudgetError,
     ClosedError,
@@ -129,7 +130,7 @@ def test_bad_arguments_leave_nothing(
         [],
         [("a", 5, 8, SparseType.INT8), ("a", 5, 8, SparseType.INT8)],
         [("a", 0, 8, SparseType.INT8)],
-        [("a", 5, 8, SparseType.FP8)],
+        [("a", 5, 8, SparseType.BF16)],
         [("a", 5, 4, SparseType.INT2)],
         [("a", 5, 8, "int8")],
         ["a"],
@@ -142,9 +143,23 @@ def test_bad_tables(specs: list[Any], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dram_budget_warns(tmp_path: Path) -> None:
+@pytest.mark.gpu
+def test_a_dram_budget_warns_on_a_gpu(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="dram_budget_gb"):
-        build(SPECS, tmp_path, device="cpu", dram_budget_gb=1.0).close()
+        build(SPECS, tmp_path, device="cuda", dram_budget_gb=1.0).close()
+
+
+def test_a_dram_budget_adds_slots_on_a_cpu(tmp_path: Path) -> None:
+    specs = [("hot", 100_000, 16, SparseType.INT8), ("cold", 100_000, 16, SparseType.INT8)]
+    access = {"hot": AccessProfile.zipf(100_000, 1.3), "cold": AccessProfile.zipf(100_000, 0.3)}
+    with build(specs, tmp_path, cache_hit_rate=0.5, access=access, device="cpu") as module:
+        before, taken = module.slots, module.tbe.rows.nbytes
+    more = 500_000
+    with build(specs, tmp_path, 0.0, 0.5, access=access, device="cpu", dram_budget_gb=more / GIB) as module:
+        assert all(module.slots[name] >= count for name, count in before.items())
+        assert more - 100 < module.tbe.rows.nbytes - taken <= more
+    with build(specs, tmp_path, 0.0, 0.5, access=access, device="cpu", dram_budget_gb=1.0) as module:
+        assert module.slots == {"hot": 100_000, "cold": 100_000}
 
 
 def test_slots_follow_profile_and_budget(tmp_path: Path) -> None:
@@ -159,14 +174,15 @@ def test_slots_follow_profile_and_budget(tmp_path: Path) -> None:
         assert slots["hot"] == wanted["hot"] and 1024 <= slots["cold"] < wanted["cold"]
         taken = module.tbe.rows.nbytes
         assert budget - 100 < taken <= budget
-    with pytest.raises(BudgetError, match="869,700 bytes, 369,700 more"):
+    least = 2 * (1025 * (20 + BYTES_PER_SLOT) + 4 * 100_000)
+    with pytest.raises(BudgetError, match=f"{least:,} bytes, {least - 500_000:,} more"):
         build(specs, tmp_path, 500_000 / GIB, device="cpu")
 
 
 def test_estimate_counts_the_slot_map() -> None:
     specs = [("a", 1_600_000_000, 128, SparseType.INT8)]
     slots = HitRateCurve(AccessProfile.zipf(1_600_000_000)).slots_for(0.9)
-    bytes_ = (slots + 1) * (144 + 14) + 4 * 1_600_000_000
+    bytes_ = (slots + 1) * (144 + BYTES_PER_SLOT) + 4 * 1_600_000_000
     assert TurboSSDInferenceModule.estimate_hbm_gb(specs) == pytest.approx(bytes_ / GIB)
     assert TurboSSDInferenceModule.estimate_hbm_gb(specs, 0.5) < TurboSSDInferenceModule.estimate_hbm_gb(specs)
 

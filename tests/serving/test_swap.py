@@ -47,10 +47,9 @@ def module(tmp_path: Path) -> Iterator[TurboSSDInferenceModule]:
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    table = TableSpec(name="a", rows=ROWS, dim=4)
-    one_table_snapshot(
-        tmp_path / "snap", table, (EVERY, quantise(values(2000), SparseType.FP32)), kind="serving", version=5
-    )
+    with build(SPECS, tmp_path / "other", device="cpu") as other:
+        other.streaming_update(EVERY, values(2000), "a")
+        other.save_snapshot(tmp_path / "snap", version=5)
     return tmp_path / "snap"
 
 
@@ -156,14 +155,18 @@ def test_tables_that_are_not_served_ride_along(module: TurboSSDInferenceModule, 
     assert [t.name for t in read_manifest(tmp_path / "again").tables] == ["a", "b"]
 
 
-BUILT, WARMED = "built", "warmed"
+BUILT, SQUEEZED, WARMED = "built", "squeezed", "warmed"
 
 
 def during(place: str, patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
-    """Run `act` in the middle of the next load: before the new generation opens, or after it was warmed."""
+    """Run `act` in the middle of the next load: before the new generation opens, or before or after it was warmed."""
     import torchrec_turbossd.serving.live as live
 
-    owner, name = (live, "build_generation") if place == BUILT else (live.HotRows, "read")
+    owner, name = {
+        BUILT: (live, "build_generation"),
+        SQUEEZED: (live.Successor, "squeeze"),
+        WARMED: (live.Successor, "warm"),
+    }[place]
     usual = getattr(owner, name)
 
     def then_act(*arguments: Any) -> Any:
@@ -172,10 +175,10 @@ def during(place: str, patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> Non
         act()
         return done
 
-    patch.setattr(owner, name, then_act if place == BUILT else staticmethod(then_act))
+    patch.setattr(owner, name, then_act)
 
 
-@pytest.mark.parametrize("place", [BUILT, WARMED])
+@pytest.mark.parametrize("place", [BUILT, SQUEEZED, WARMED])
 @pytest.mark.parametrize(("version", "carried"), [(None, True), (6, True), (5, False), (4, False)])
 @pytest.mark.parametrize("resident", [True, False])
 def test_updates_during_a_load(
@@ -210,11 +213,12 @@ def test_updates_during_a_load(
 def test_rows_that_come_into_slots_during_a_load(
     module: TurboSSDInferenceModule, snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    during(WARMED, monkeypatch, lambda: answers(module))
+    came = EVERY[10:30]
+    during(SQUEEZED, monkeypatch, lambda: module(came, torch.arange(came.numel() + 1)))
     module.load_snapshot(snapshot)
     module.get_read_hit_rate_stats()
-    assert torch.equal(answers(module), values(2000))
-    assert module.get_read_hit_rate_stats()[1] == 0
+    assert torch.equal(module(came, torch.arange(came.numel() + 1)), values(2000)[10:30])
+    assert module.get_read_hit_rate_stats() == (20, 0, 20)
 
 
 def test_old_versions_are_left_out_after_a_load(module: TurboSSDInferenceModule, snapshot: Path) -> None:
@@ -235,8 +239,8 @@ FAILURES = {
     "cloning": "torchrec_turbossd.serving.swap.clone_directory",
     "checking the clone": "torchrec_turbossd.serving.swap.check_files",
     "describing": "torchrec_turbossd.serving.swap.write_info",
-    "opening": "torchrec_turbossd.serving.live.RocksRowStore",
-    "warming": "torchrec_turbossd.serving.swap.stored_rows",
+    "opening": "torchrec_turbossd.serving.live.LayeredRowStore",
+    "warming": "torchrec_turbossd.tbe.successor.stored_rows",
     "recording": "torchrec_turbossd.serving.live.write_info",
     "naming": "torchrec_turbossd.serving.generations.write_durably",
     "naming, too late": "torchrec_turbossd.serving.generations.sync_file",
@@ -287,7 +291,7 @@ def test_a_carried_update_that_fails_fails_the_load_alone(
 
     def act() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("torchrec_turbossd.serving.swap.CarriedUpdates._write", fail_with)
+            patch.setattr("torchrec_turbossd.serving.live.Successor.carry", fail_with)
             module.streaming_update(EVERY[7:8], torch.ones(1, 4), "a")
 
     during(WARMED, monkeypatch, act)

@@ -43,8 +43,7 @@ def _slot_bytes(ebc: Any) -> int:
         tbe, cache = kernel.emb_module.tbe, kernel.emb_module.rows.cache
         tensors = [*tbe.split_embedding_weights(), *(s for state in tbe.split_optimizer_states() for s in state)]
         tensors += [cache._owners, cache._pins, cache._dirty, cache.map._slots]
-        tensors += [policy._marks for policy in cache._policies]
-        total += sum(t.numel() * t.element_size() for t in tensors)
+        total += sum(t.numel() * t.element_size() for t in tensors) + sum(p.nbytes for p in cache._policies)
     return total
 
 

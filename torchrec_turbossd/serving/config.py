@@ -43,7 +43,8 @@ class ServingConfig:
             for a table declared otherwise.
         output_dtype: FP32, FP16 or BF16.
         device: where the slots are; None: the current CUDA device where there is one, else the CPU.
-        dram_budget_gb: GiB for a DRAM tier. There is none in this release: anything but 0 warns and is not used.
+        dram_budget_gb: GiB of DRAM for more slots, beyond the target hit rate, on a CPU machine. On a GPU there is no
+            DRAM tier in this release: anything but 0 warns and is not used.
         access: what is really asked for, by table; others are taken as Zipf 1.05 (`DEFAULT_ZIPF_ALPHA`).
         default_row: the value of rows never written, a number for every element or an `InitRule`, for all tables or by
             name. It overrides the snapshot's; None: the snapshot's, and zeros in a new store.
@@ -78,10 +79,10 @@ class ServingConfig:
             raise ConfigError(f"ssd_shards must be at least 1, got {self.ssd_shards}")
         if self.name is not None:
             _check_name(self.name)
-        if self.dram_budget_gb:
+        if self.dram_budget_gb and self.resolved_device().type == "cuda":
             warnings.warn(
-                f"dram_budget_gb={self.dram_budget_gb} is not used: rows are in slots or on SSD, and the operating "
-                "system's page cache is the only tier between them; leave it at 0",
+                f"dram_budget_gb={self.dram_budget_gb} is not used on a GPU: rows are in slots or on SSD, and the "
+                "operating system's page cache is the only tier between them; leave it at 0",
                 RuntimeWarning,
                 stacklevel=4,
             )

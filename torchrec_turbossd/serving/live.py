@@ -6,11 +6,17 @@ import contextlib
 import threading
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from torchrec_turbossd.errors import ClosedError, SnapshotError, TurboSSDError
+import torch
+from torch import Tensor
+
+from torchrec_turbossd.errors import ClosedError, SnapshotError, StoreError, TurboSSDError
+from torchrec_turbossd.serving.builder import GenerationBuilder
+from torchrec_turbossd.serving.carried import CarriedUpdates
 from torchrec_turbossd.serving.config import ServingConfig, read_threads
 from torchrec_turbossd.serving.generations import (
     ROWS,
@@ -21,7 +27,7 @@ from torchrec_turbossd.serving.generations import (
     remove,
     write_info,
 )
-from torchrec_turbossd.serving.swap import CarriedUpdates, HotRows, build_generation
+from torchrec_turbossd.serving.swap import build_generation
 from torchrec_turbossd.serving.updates import UpdateBatch
 from torchrec_turbossd.snapshot import (
     Manifest,
@@ -32,20 +38,23 @@ from torchrec_turbossd.snapshot import (
     read_manifest,
     staging_directory,
 )
-from torchrec_turbossd.store.rocks import RocksRowStore
+from torchrec_turbossd.snapshot.hot import read_hot_rows, write_hot_rows
+from torchrec_turbossd.store.contract import Rows
+from torchrec_turbossd.store.layered import LayeredRowStore
 from torchrec_turbossd.tables import TableShard, TableSpec
 from torchrec_turbossd.tbe.serving_rows import ServingRows
+from torchrec_turbossd.tbe.successor import Successor
 
-_PART = "part-0"
+_PART, _HOT = "part-0", "hot"
 
 
 @dataclass
-class Generation:
+class OpenGeneration:
     """One version of the rows, open."""
 
     folder: Path
     info: GenerationInfo
-    store: RocksRowStore
+    store: LayeredRowStore
 
     def close(self) -> None:
         self.store.close()
@@ -67,6 +76,8 @@ class LiveRows:
         self._config = config
         self._loading, self._updating = threading.Lock(), threading.Lock()
         self._carried: CarriedUpdates | None = None
+        self._building: GenerationBuilder | None = None
+        self._plain = list(tables)
         self._rows: ServingRows | None = None
         self._closed = self._told = False
         self._generations = Generations(config.ssd_directory, config.name)
@@ -77,7 +88,7 @@ class LiveRows:
             self._generations.close()
             raise
 
-    def _open_current(self, tables: Sequence[TableSpec]) -> Generation:
+    def _open_current(self, tables: Sequence[TableSpec]) -> OpenGeneration:
         folder = self._generations.current()
         if folder is not None:
             info = read_info(folder)
@@ -90,11 +101,13 @@ class LiveRows:
         self._generations.name_current(folder)
         return live
 
-    def _open(self, folder: Path, info: GenerationInfo, ssd_shards: int) -> Generation:
+    def _open(self, folder: Path, info: GenerationInfo, ssd_shards: int) -> OpenGeneration:
         sizes = {t.name: t.row_bytes for t in info.tables}
         options = self._config.rocks_options
-        store = RocksRowStore(folder / ROWS, sizes, read_threads=read_threads(ssd_shards), options=options)
-        return Generation(folder, info, store)
+        rows = {t.name: t.rows for t in info.tables}
+        threads = read_threads(ssd_shards)
+        store = LayeredRowStore(folder / ROWS, sizes, rows, read_threads=threads, options=options)
+        return OpenGeneration(folder, info, store)
 
     def _rules(self, info: GenerationInfo, tables: Sequence[TableSpec]) -> list[TableSpec]:
         """`tables` with the rules for rows never written of a generation, or the module's own."""
@@ -102,7 +115,7 @@ class LiveRows:
         return [self._config.with_default_row(t) for t in matched]
 
     @property
-    def store(self) -> RocksRowStore:
+    def store(self) -> LayeredRowStore:
         return self._live.store
 
     @property
@@ -171,73 +184,149 @@ class LiveRows:
                 info, tables = self._live.info, {t.name: t for t in self.tables}
                 self._live.store.flush()
                 self._live.store.checkpoint(staging / _PART)
+                self._write_hot(staging / _HOT)
             held = tuple(tables.get(t.name, t) for t in info.tables)
+            shards = {t.name: ShardRange.of(TableShard.whole(t)) for t in held}
             manifest = Manifest(
                 kind="serving",
                 id=uuid.uuid4().hex,
                 version=info.version if version is None else version,
                 tables=held,
-                parts=(Part(directory=_PART, shards={t.name: ShardRange.of(TableShard.whole(t)) for t in held}),),
-                files=digest_part(staging / _PART),
+                parts=(
+                    Part(directory=_PART, shards=shards, store="layered"),
+                    Part(directory=_HOT, shards={}, store="hot"),
+                ),
+                files=digest_part(staging / _PART) | digest_part(staging / _HOT),
             )
             commit_snapshot(staging, path, manifest)
         return manifest
 
+    def _write_hot(self, directory: Path) -> None:
+        """Write the hotter half of the rows in slots: a swap can have so many ready before it serves them."""
+        hot = enumerate(zip(self.tables, self.rows.resident(), strict=True))
+        write_hot_rows(
+            directory,
+            ((spec, ids[: (ids.numel() + 1) // 2], partial(self.rows.read_rows, place)) for place, (spec, ids) in hot),
+        )
+
     def load(self, path: Path, ssd_shards: int | None) -> None:
         """Make the snapshot at `path` the generation that is served, or change nothing."""
+        if self._building is not None:
+            raise StoreError("a generation is being built; commit or abort it before a snapshot is loaded")
         with self._loading:
             self.check_open()
-            carried = CarriedUpdates(read_manifest(path).version)
-            with self._updating:
-                self._carried = carried
+            carried = self._carry(read_manifest(path).version)
+            folder = self._generations.new()
+            new: OpenGeneration | None = None
             try:
-                old = self._load(path, ssd_shards or self._config.ssd_shards, carried)
-            finally:
+                info = build_generation(path, folder, self.tables)
+                new = self._open(folder, info, ssd_shards or self._config.ssd_shards)
+                successor = self._successor(new)
                 with self._updating:
-                    self._carried = None
-            old.close()
-            remove(old.folder)
+                    carried.attach(successor)
+                self._put_in_place(
+                    new, successor, carried, read_hot_rows(path / _HOT, {t.name: t for t in info.tables})
+                )
+            except BaseException:
+                self._discard(folder, new)
+                raise
 
-    def _load(self, path: Path, ssd_shards: int, carried: CarriedUpdates) -> Generation:
-        folder, new = self._generations.new(), None
+    def begin(self, version: int) -> GenerationBuilder:
+        """Begin a generation without rows, which is filled by updates of its own."""
+        if not self._loading.acquire(blocking=False):
+            raise StoreError("another generation is being loaded or built; wait for that, commit it or abort it")
         try:
-            info = build_generation(path, folder, self.tables)
-            new = self._open(folder, info, ssd_shards)
-            tables = self._rules(info, self.tables)
-            shards = [TableShard.whole(t) for t in tables]
+            self.check_open()
+            carried = self._carry(version)
+            folder = self._generations.new()
+            tables = tuple(self._config.with_default_row(t) for t in self._plain)
+            info = GenerationInfo(tables=tables, version=version, base_version=version or None)
+            try:
+                write_info(folder, info)
+                new = self._open(folder, info, self._config.ssd_shards)
+            except BaseException:
+                self._discard(folder, None)
+                raise
+            successor = self._successor(new)
             with self._updating:
-                carried.attach(new.store, [s.key for s in shards])
-            hot = HotRows.read(new.store, shards, self.rows.resident())
+                carried.attach(successor)
+            self._building = GenerationBuilder(
+                successor,
+                commit=lambda: self._put_in_place(new, successor, carried, {}),
+                discard=lambda: self._discard(folder, new),
+                end=self._end_building,
+            )
+        except BaseException:
+            self._loading.release()
+            raise
+        return self._building
+
+    def _end_building(self) -> None:
+        self._building = None
+        self._loading.release()
+
+    def _carry(self, version: int) -> CarriedUpdates:
+        with self._updating:
+            self._carried = CarriedUpdates(version)
+            return self._carried
+
+    def _discard(self, folder: Path, new: OpenGeneration | None) -> None:
+        with self._updating:
+            self._carried = None
+        if new is not None:
+            new.store.discard()
+        remove(folder)
+
+    def _successor(self, new: OpenGeneration) -> Successor:
+        return Successor(self.rows, new.store, [TableShard.whole(t) for t in self._rules(new.info, self.tables)])
+
+    def _put_in_place(
+        self, new: OpenGeneration, successor: Successor, carried: CarriedUpdates, stored: Mapping[str, Rows]
+    ) -> None:
+        """Warm the new generation and serve it; what fails leaves the old one served.
+
+        The rows in slots are the hottest here; `stored` ones, hot where the snapshot was taken, come after them.
+        """
+        hot = self.rows.resident()
+        try:
+            successor.squeeze()
+            hot = [_first_then(now, before) for now, before in zip(self.rows.resident(), hot, strict=True)]
+            for table, spec in enumerate(self.tables):
+                successor.warm(table, hot[table])
+                if spec.name in stored:
+                    successor.warm(table, *stored[spec.name])
+                    hot[table] = _first_then(hot[table], stored[spec.name][0])
+            new.store.flush()
             with self._updating:
                 self.check_open()
-                old = self._switch(new, hot, carried)
-                self.tables, self._carried = tables, None
+                old = self._switch(new, successor, carried)
         except BaseException:
-            if new is not None:
-                new.close()
-            remove(folder)
+            successor.abandon()
             raise
-        return old
+        successor.retire()
+        # The rest of the slots were the old generation's until now.
+        for table, ids in enumerate(hot):
+            self.rows.warm(table, ids)
+        old.store.discard()
+        remove(old.folder)
 
-    def _switch(self, new: Generation, hot: HotRows, carried: CarriedUpdates) -> Generation:
+    def _switch(self, new: OpenGeneration, successor: Successor, carried: CarriedUpdates) -> OpenGeneration:
         """Make `new` the live generation in slots, here and on disk; returns the old one."""
-        if carried.failure is not None:
-            raise carried.failure
-        for table, resident in enumerate(self.rows.resident()):
-            hot.refresh(table, resident, carried.touched(table))
+        carried.raise_failure()
         new.info = replace(new.info, version=carried.newest)
         write_info(new.folder, new.info)
-        old, shards = self._live, list(self.rows.shards)
-        self.rows.exchange(new.store, hot.shards, hot.rows)
+        new.store.flush()
+        old, tables = self._live, self._rules(new.info, self.tables)
+        successor.take_over()
         try:
             self._generations.name_current(new.folder)
         except BaseException:
-            self.rows.exchange(old.store, shards, [(ids[:0], data[:0]) for ids, data in hot.rows])
+            successor.hand_back()
             # The name may have changed before the failure.
             with contextlib.suppress(TurboSSDError):
                 self._generations.name_current(old.folder)
             raise
-        self._live = new
+        self._live, self.tables, self._carried = new, tables, None
         return old
 
     def check_open(self) -> None:
@@ -246,6 +335,8 @@ class LiveRows:
 
     def close(self) -> None:
         """Release everything, after a load in progress. Closing twice is allowed."""
+        if self._building is not None:
+            self._building.abort()
         with self._loading, self._updating:
             if self._closed:
                 return
@@ -257,4 +348,9 @@ class LiveRows:
                 self._live.close()
 
 
-__all__ = ["Generation", "LiveRows"]
+def _first_then(first: Tensor, then: Tensor) -> Tensor:
+    """Ids [N] and those of another order that are not among them."""
+    return torch.cat([first, then[~torch.isin(then, first)]])
+
+
+__all__ = ["LiveRows", "OpenGeneration"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.metrics import TableReads
+from torchrec_turbossd.serving.builder import GenerationBuilder
 from torchrec_turbossd.serving.config import ServingConfig, check_access, check_hit_rate, for_specs
 from torchrec_turbossd.serving.live import LiveRows
 from torchrec_turbossd.serving.sizing import CUDA_ALIGNMENT, GIB, fast_bytes, plan_slots, slots_for_hit_rate
@@ -26,7 +27,7 @@ from torchrec_turbossd.tbe.serving import ServingOptions, TurboSSDIntNBitTableBa
 class TurboSSDInferenceModule(nn.Module):
     """Embedding tables on SSD, served from slots in fast memory, and changed while they are served.
 
-    Made by `from_embedding_specs`. Lookups of several threads take turns; updates and snapshots do not stop them. One
+    Made by `from_embedding_specs`. Several threads may look up at once; updates and snapshots do not stop them. One
     lookup sees all rows of an update or none, and rows of one snapshot only. An update that has returned survives the
     end of the process; `flush` and `save_snapshot` are durable when they return.
 
@@ -108,7 +109,13 @@ class TurboSSDInferenceModule(nn.Module):
         return out
 
     def streaming_update(
-        self, indices: Tensor, weights: Tensor, table: str | None = None, version: int | None = None
+        self,
+        indices: Tensor,
+        weights: Tensor,
+        table: str | None = None,
+        version: int | None = None,
+        *,
+        generation: GenerationBuilder | None = None,
     ) -> bool:
         """Set rows; when it returns, every later lookup sees them, and they survive the end of the process.
 
@@ -118,18 +125,41 @@ class TurboSSDInferenceModule(nn.Module):
             indices: [N] int32 or int64: ids of `table`, or, with None, ids counted through all tables in order.
             weights: [N, dim] floating, quantised here; or [N, width] uint8 rows in FBGEMM's inference layout (scale and
                 bias first), as wide as the table's row, that padded to 16 bytes, or `max_D_cache` (the tail ignored).
-            version: of the model that the rows belong to.
+            version: of the model that the rows belong to; a generation that is built has one of its own.
+            generation: what `begin_generation` gave, to set rows there; None: where they are served.
 
         Returns:
             False when the rows were left out because the snapshot served is not older than `version`.
 
         Raises:
-            InputError, RowIndexError, UnknownTableError: nothing has changed.
+            InputError, RowIndexError, UnknownTableError, ConfigError: nothing has changed.
             StoreError: the store could not be written; nothing has changed.
+            ClosedError: `generation` was committed or aborted.
         """
         self._live.check_open()
         check_version(version)
-        return self._live.update(parse_update(self._live.tables, indices, weights, table), version)
+        batch = parse_update(self._live.tables, indices, weights, table)
+        if generation is None:
+            return self._live.update(batch, version)
+        if version is not None:
+            raise ConfigError("rows of a generation that is built have its version; pass version to begin_generation")
+        generation.update(batch)
+        return True
+
+    def begin_generation(self, version: int = 0) -> GenerationBuilder:
+        """Begin a generation without rows, to publish by updates: fill it, then `commit` serves it at once.
+
+        Until then lookups and updates go on in the generation served. One at a time is loaded or built.
+
+        Args:
+            version: of the model that its rows belong to; updates that are not newer stay out of it.
+
+        Raises:
+            StoreError: another one is being loaded or built, or the directory cannot be written.
+        """
+        self._live.check_open()
+        check_version(version)
+        return self._live.begin(version)
 
     def save_snapshot(self, path: Path | str, *, version: int | None = None) -> Manifest:
         """Write what is served now to `path`, durably, as a serving snapshot; updates wait only while it is taken.

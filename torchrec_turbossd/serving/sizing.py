@@ -52,29 +52,44 @@ def slots_for_hit_rate(
 def plan_slots(tables: Sequence[TableSpec], config: ServingConfig, device: torch.device) -> list[int]:
     """Slots of each table: those that reach the target hit rate, or the best split of a budget that is less.
 
+    On a CPU machine `dram_budget_gb` comes on top, split for the most hits.
+
     Raises:
         BudgetError: `hbm_budget_gb` does not hold slot map, bookkeeping and `LEAST_SLOTS` of each table.
     """
     alignment = CUDA_ALIGNMENT if device.type == "cuda" else CPU_ALIGNMENT
-    wanted = slots_for_hit_rate(tables, config.cache_hit_rate, config.access)
-    budget = int(config.hbm_budget_gb * GIB)
-    if config.hbm_budget_gb == 0 or fast_bytes(tables, wanted, alignment) <= budget:
-        return wanted
-    items = {t.name: _item(t, n, config.access, alignment) for t, n in zip(tables, wanted, strict=True)}
+    slots = slots_for_hit_rate(tables, config.cache_hit_rate, config.access)
+    if config.hbm_budget_gb and fast_bytes(tables, slots, alignment) > int(config.hbm_budget_gb * GIB):
+        least = [min(LEAST_SLOTS, t.rows) for t in tables]
+        slots = _split(tables, config, alignment, (least, slots), int(config.hbm_budget_gb * GIB))
+    if config.dram_budget_gb and device.type == "cpu":
+        budget = fast_bytes(tables, slots, alignment) + int(config.dram_budget_gb * GIB)
+        most = [min(t.rows, MAX_SLOTS) for t in tables]
+        slots = _split(tables, config, alignment, (slots, most), budget)
+    return slots
+
+
+def _split(
+    tables: Sequence[TableSpec],
+    config: ServingConfig,
+    alignment: int,
+    limits: tuple[Sequence[int], Sequence[int]],
+    budget: int,
+) -> list[int]:
+    """The best split of a budget in bytes, with at least and at most so many slots of each table."""
+    items = {}
+    for table, least, most in zip(tables, *limits, strict=True):
+        per_slot = slot_bytes(padded_row_bytes(table.dim, table.data_type, alignment))
+        items[table.name] = BudgetItem(
+            bytes_per_slot=per_slot,
+            curve=_curve(table, config.access),
+            weight=1.0,
+            floor_slots=least,
+            max_slots=most,
+            fixed_bytes=per_slot + SLOT_MAP_BYTES_PER_ROW * table.rows,
+        )
     split = split_budget(items, budget)
     return [split[t.name] for t in tables]
-
-
-def _item(table: TableSpec, wanted: int, access: Mapping[str, AccessProfile] | None, alignment: int) -> BudgetItem:
-    per_slot = slot_bytes(padded_row_bytes(table.dim, table.data_type, alignment))
-    return BudgetItem(
-        bytes_per_slot=per_slot,
-        curve=_curve(table, access),
-        weight=1.0,
-        floor_slots=min(LEAST_SLOTS, table.rows),
-        max_slots=wanted,
-        fixed_bytes=per_slot + SLOT_MAP_BYTES_PER_ROW * table.rows,
-    )
 
 
 def _curve(table: TableSpec, access: Mapping[str, AccessProfile] | None) -> HitRateCurve:

@@ -88,7 +88,7 @@ def _check_range(ids: Tensor, rows: int, what: str) -> None:
 
 def _by_table(ids: Tensor, bases: Sequence[int]) -> dict[int, Tensor]:
     """For each table that `ids` name, the places of its ids among them, in order."""
-    tables = torch.bucketize(ids, torch.tensor(bases[1:]), right=True)
+    tables = torch.bucketize(ids.contiguous(), torch.tensor(bases[1:]), right=True)
     return {int(t): torch.nonzero(tables == t).flatten() for t in torch.unique(tables)}
 
 

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from torchrec_turbossd.cache.policies import DEFAULT_POLICY
 from torchrec_turbossd.cache.slot_cache import Reservation, SlotCache
 from torchrec_turbossd.errors import CacheFullError
 from torchrec_turbossd.metrics import ReadCounters
@@ -70,7 +72,7 @@ class CachedRows:
         store: RowStore,
         *,
         device: torch.device,
-        policy: str = "clock",
+        policy: str = DEFAULT_POLICY,
         bounds: Bounds = Bounds.RAISE,
     ) -> None:
         self.shards, self.memory, self.store = list(shards), memory, store
@@ -89,14 +91,15 @@ class CachedRows:
         with self.lock:
             self._refuse_lent(batch.positions)
             found = self.cache.lookup(batch.positions)
-            misses = [0] * len(self.shards)
-            if int(torch.count_nonzero(found)) < found.numel():
+            misses, placed = [0] * len(self.shards), found
+            if found.numel() and not int(found.amin()):
                 misses = self._bring_in(batch, found)
-                found = self.cache.lookup(batch.positions)
+                placed = self.cache.lookup(batch.positions)
+            # A row that this batch brings in was not read before: policies tell apart what is read again.
             for run in batch.runs:
                 self.cache.touch(run.table, found[run.start : run.stop])
             self.counters.add(batch.lookups(len(self.shards)), misses)
-            slots = found.to(torch.int64)
+            slots = placed.to(torch.int64)
             at = self._concatenated(batch, slots) if pin else None
             if at is not None:
                 self.cache.pin(at, 1)
@@ -286,7 +289,14 @@ class CachedRows:
         return held + self.cache.nbytes
 
 
-def stored_rows(store: RowStore, shard: TableShard, ids: Tensor) -> Tensor:
+class ReadableStore(Protocol):
+    """The part of a row store that reading needs."""
+
+    def read(self, table: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of `ids`: (rows, found)."""
+
+
+def stored_rows(store: ReadableStore, shard: TableShard, ids: Tensor) -> Tensor:
     """Rows of local `ids` [N] int64 of a shard: the store's, or the rule's where none was ever written."""
     row_ids = ids + shard.row_offset
     rows, found = store.read(shard.key, row_ids)
@@ -295,4 +305,4 @@ def stored_rows(store: RowStore, shard: TableShard, ids: Tensor) -> Tensor:
     return rows
 
 
-__all__ = ["CachedRows", "Distinct", "Fetched", "stored_rows"]
+__all__ = ["CachedRows", "Distinct", "Fetched", "ReadableStore", "stored_rows"]

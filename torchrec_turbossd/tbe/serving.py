@@ -12,10 +12,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
+from torchrec_turbossd.cache import DEFAULT_POLICY
 from torchrec_turbossd.errors import CacheFullError, ConfigError, InputError, UnsupportedError
-from torchrec_turbossd.store.contract import RowStore
-from torchrec_turbossd.tables import MAX_SLOTS, TableShard
+from torchrec_turbossd.tables import FP8_EXPONENT_BIAS, FP8_EXPONENT_BITS, MAX_SLOTS, TableShard
 from torchrec_turbossd.tbe.layout import Batch, Bounds
+from torchrec_turbossd.tbe.served import UpdatableStore
 from torchrec_turbossd.tbe.serving_rows import ServingRows
 from torchrec_turbossd.tbe.slot_memory import ServingMemory
 
@@ -33,7 +34,7 @@ class ServingOptions:
 
     pooling_mode: PoolingMode = PoolingMode.SUM
     output_dtype: SparseType = SparseType.FP16
-    policy: str = "clock"
+    policy: str = DEFAULT_POLICY
     bounds: Bounds = Bounds.RAISE
 
 
@@ -42,7 +43,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
 
     Called like the stock module: `forward(indices [N], offsets [features * B + 1], per_sample_weights [N])` gives
     [B, sum of dims], or [N, D] with `PoolingMode.NONE`, of the output type. Numbers are those of the stock module
-    holding whole tables. Lookups of several threads take turns.
+    holding whole tables. Several threads may look up at once.
 
     Args:
         shards: local tables, without state; of one width with `PoolingMode.NONE`.
@@ -56,7 +57,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         shards: Sequence[TableShard],
         slots: Sequence[int],
         feature_table_map: Sequence[int],
-        store: RowStore,
+        store: UpdatableStore,
         *,
         device: torch.device | str = "cpu",
         options: ServingOptions | None = None,
@@ -68,6 +69,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
             self.device = torch.device("cuda", torch.cuda.current_device())
         _check_tables(shards, slots)
         _check_features([s.cols for s in shards], feature_table_map, self.options)
+        _check_output(shards, self.options, self.device)
         self.feature_table_map = list(feature_table_map)
         self._specs = [(s.table.name, s.cols, s.table.data_type) for s in shards]
         self._row_bytes = [s.row_bytes for s in shards]
@@ -85,7 +87,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         self._id_type = torch.int32 if self.device.type == "cuda" else torch.int64
         self._warned = False
         # Lets the slots' own stream wait for the zeros that were just put there.
-        with self.rows.turn():
+        with self.rows.on_stream():
             pass
 
     def _stock(self, slots: Sequence[int]) -> IntNBitTableBatchedEmbeddingBagsCodegen:
@@ -102,6 +104,8 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
             # Bounds are checked on row ids, before they become slots.
             bounds_check_mode=BoundsCheckMode.NONE,
             device=self.device,
+            fp8_exponent_bits=FP8_EXPONENT_BITS,
+            fp8_exponent_bias=FP8_EXPONENT_BIAS,
         )
         tbe.initialize_weights()
         return tbe
@@ -115,8 +119,8 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         """
         batch = self.rows.layout.place(indices, offsets)
         weights = self._check_weights(per_sample_weights, indices)
-        offsets = offsets.to(self._id_type)
-        with self.rows.turn():
+        offsets = offsets.to(self._id_type).contiguous()
+        with self.rows.on_stream():
             out = self._look_up(batch, offsets, weights)
         if out.device.type == "cuda":
             out.record_stream(torch.cuda.current_stream(out.device))
@@ -124,11 +128,11 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
 
     def _look_up(self, batch: Batch, offsets: Tensor, weights: Tensor | None) -> Tensor:
         try:
-            slots = self.rows.fetch(batch, pin=False).slots
+            with self.rows.slots_of(batch) as slots:
+                return self._call(self.tbe, slots, offsets, weights)
         except CacheFullError as full:
             self._warn_outside(full)
             return self._run_outside(batch, offsets, weights)
-        return self._call(self.tbe, slots, offsets, weights)
 
     def _call(
         self,
@@ -142,7 +146,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
 
     def _run_outside(self, batch: Batch, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Run a batch on a stock TBE of just its distinct rows."""
-        distinct = self.rows.take_out(batch, lend=False)
+        distinct = self.rows.take_out(batch)
         tbe = self._stock([max(1, each.numel()) for each in distinct.ids])
         memory = ServingMemory(tbe, self._row_bytes)
         for table, rows in enumerate(distinct.rows):
@@ -150,7 +154,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         return self._call(tbe, distinct.slots, offsets, weights)
 
     def _warn_outside(self, full: CacheFullError) -> None:
-        if self._warned:
+        if self._warned or self.rows.squeezed:
             return
         self._warned = True
         names = ", ".join(f"{name}: {n}" for (name, *_), n in zip(self._specs, self.rows.cache.slots, strict=True))
@@ -173,7 +177,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
                 f"per_sample_weights must be floating of shape {tuple(indices.shape)} on {indices.device}, got "
                 f"{weights.dtype} {tuple(weights.shape)} on {weights.device}"
             )
-        return weights.to(torch.float32)
+        return weights.to(torch.float32).contiguous()
 
 
 def _check_tables(shards: Sequence[TableShard], slots: Sequence[int]) -> None:
@@ -205,6 +209,15 @@ def _check_features(cols: Sequence[int], feature_table_map: Sequence[int], optio
     if options.output_dtype not in OUTPUT_TYPES:
         raise UnsupportedError(
             f"output type {options.output_dtype} is not supported; use one of {', '.join(t.name for t in OUTPUT_TYPES)}"
+        )
+
+
+def _check_output(shards: Sequence[TableShard], options: ServingOptions, device: torch.device) -> None:
+    int2 = [s.table.name for s in shards if s.table.data_type is SparseType.INT2]
+    if int2 and device.type == "cuda" and options.output_dtype is SparseType.FP32:
+        raise UnsupportedError(
+            f"table {int2[0]!r}: FBGEMM's CUDA kernel leaves most columns of INT2 rows unwritten in FP32; use "
+            "output_dtype FP16 or BF16"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 
+from torchrec_turbossd.cache import DEFAULT_POLICY
 from torchrec_turbossd.errors import ConfigError, UnsupportedError
 from torchrec_turbossd.tables import MAX_SLOTS, TRAINING_TYPES, StateSpec, TableShard
 from torchrec_turbossd.tbe.layout import Bounds
@@ -39,7 +40,7 @@ class TrainingOptions:
     """
 
     pooling_mode: PoolingMode = PoolingMode.SUM
-    policy: str = "clock"
+    policy: str = DEFAULT_POLICY
     bounds: Bounds = Bounds.RAISE
     tbe_args: dict[str, Any] = field(default_factory=dict)
 
