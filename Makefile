@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # cpu or cuda: what the machine has.
 ifndef FLAVOUR
@@ -25,12 +26,13 @@ OURS := $(VENV)/.made-by-make
 only-ours = if [ -e '$(VENV)' ] && [ ! -e '$(OURS)' ]; then \
   echo 'error: $(VENV) was not made by this Makefile; move it away, or use another: make VENV=.venv-make' >&2; exit 1; fi
 
-.PHONY: help setup demo test lint types clean check-python
+.PHONY: help setup demo bench test lint types clean check-python
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    run the demo                           (DEMO_ARGS="...")'
 	@echo 'make test    lint, types and tests                  (PYTEST_ARGS="-m \"not slow\" -k store")'
+	@echo 'make bench   measure it against named peers         (BENCH_ARGS="--quick --only lookup")'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy'
 	@echo 'make setup   only the environment, in $(VENV)'
@@ -68,6 +70,9 @@ $(PACKAGE_STAMP): $(DEPENDENCIES_STAMP)
 demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
+bench: setup
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,5 +85,5 @@ test: lint types
 
 clean:
 	@$(only-ours)
-	rm -rf $(VENV) build dist *.egg-info demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
