@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.tbe.epochs import Epochs
 
-_WAIT_S = 0.05
+_WAIT_S, _LONGEST_BREAK_S = 0.05, 0.02
 
 Update = Mapping[int, Rows]
+
+
+@contextmanager
+def in_small_steps() -> Iterator[None]:
+    """Work in the background, for as long as which lookups then have Python's global lock and the cores."""
+    start = time.perf_counter()
+    yield
+    time.sleep(min(time.perf_counter() - start, _LONGEST_BREAK_S))
 
 
 class InFlight:
@@ -96,4 +106,4 @@ class InFlight:
         reads.wait()
 
 
-__all__ = ["InFlight", "Update"]
+__all__ = ["InFlight", "Update", "in_small_steps"]

@@ -13,6 +13,7 @@ one version of the rows only:
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,14 +28,14 @@ from torchrec_turbossd.metrics import ReadCounters
 from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.cached_rows import Distinct, stored_rows
-from torchrec_turbossd.tbe.in_flight import InFlight
+from torchrec_turbossd.tbe.in_flight import InFlight, in_small_steps
 from torchrec_turbossd.tbe.layout import Batch, Bounds, Layout, Run
 from torchrec_turbossd.tbe.read_rows import ReadRows
 from torchrec_turbossd.tbe.served import Served, UpdatableStore
 from torchrec_turbossd.tbe.slot_memory import SlotMemory
 
-_WARM_ROWS = 2048
-_PATIENCE_S = 0.2
+_WARM_ROWS = 512
+_PATIENCE_S, _TURN_S = 0.2, 0.02
 _SMALL_UPDATE = 4096
 
 
@@ -82,6 +83,7 @@ class ServingRows:
         names = [s.table.name for s in shards]
         self.layout = Layout(names, [s.rows for s in shards], feature_table, cache.bases, bounds)
         self.counters = ReadCounters(names)
+        self._turn = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -139,14 +141,12 @@ class ServingRows:
         Args:
             ids: [N] int64, distinct local ids on the CPU, the hottest first.
         """
-        with self.on_stream():
-            for part in ids.to(self.device).split(_WARM_ROWS):
+        for part in ids.to(self.device).split(_WARM_ROWS):
+            with in_small_steps(), self.on_stream(), contextlib.suppress(CacheFullError):
                 with self.lock:
                     part = part[self.cache.slots_of(table, part) == 0][: self.cache.free(table)]
-                if not part.numel():
-                    continue
-                run = Run(table, 0, part.numel())
-                with contextlib.suppress(CacheFullError):
+                if part.numel():
+                    run = Run(table, 0, part.numel())
                     _, epoch = self._bring_in(
                         Batch(positions=part + self.cache.base_of[table], runs=[run]), counted=False
                     )
@@ -158,6 +158,9 @@ class ServingRows:
             if not found.numel() or int(found.amin()):
                 return self._begin(batch, found, found, [0] * len(self.shards) if counted else None)
             reader = self._begin_reading()
+        # Threads that hand Python's global lock to and fro get less done than one after the other. A batch that waits
+        # for the disk does not hold others up for long.
+        my_turn = self._turn.acquire(timeout=_TURN_S)
         try:
             while True:
                 with self.lock:
@@ -173,6 +176,8 @@ class ServingRows:
                         return self._begin(batch, slots, found, reader.read.counts if counted else None)
                 self._read(reader, unread)
         finally:
+            if my_turn:
+                self._turn.release()
             self._end_reading(reader)
 
     def _begin(self, batch: Batch, slots: Tensor, found: Tensor, misses: list[int] | None) -> tuple[Tensor, int]:
@@ -352,7 +357,7 @@ class ServingRows:
         """Local ids of the rows in slots, by table, the last to be evicted first, on the CPU."""
         found = []
         for table in range(len(self.shards)):
-            with self.on_stream(), self.lock:
+            with in_small_steps(), self.on_stream(), self.lock:
                 found.append(self.cache.hottest(table)[0].cpu())
         return found
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.cached_rows import stored_rows
+from torchrec_turbossd.tbe.in_flight import in_small_steps
 from torchrec_turbossd.tbe.served import Served, UpdatableStore
 from torchrec_turbossd.tbe.serving_rows import ServingRows
 
-_STEP = 2048
+_STEP = 512
 """Rows that change hands at once: lookups, or an update, wait for no more."""
 
 
@@ -43,7 +44,8 @@ class Successor:
         for table, capacity in enumerate(list(self._old.capacity)):
             left = capacity // 2
             while left > 0:
-                taken = self._take_from_old(table, min(left, _STEP))
+                with in_small_steps():
+                    taken = self._take_from_old(table, min(left, _STEP))
                 if not taken:
                     break
                 left -= taken
@@ -82,7 +84,7 @@ class Successor:
         # The hottest come last and so leave last.
         for places in reversed(wanted.split(_STEP)):
             # An update must not come between the read and the slot.
-            with self._own, self._rows.on_stream():
+            with in_small_steps(), self._own, self._rows.on_stream():
                 part = ids[places]
                 data = self._read(table, part) if rows is None else rows[places]
                 if rows is not None:
