@@ -82,6 +82,15 @@ class SlotCache:
         """Slots of slot map `positions` [N] (local id + base): [N] int32, 0 for absent."""
         return self.map.get(positions)
 
+    def find(self, table: int, ids: Tensor) -> Tensor | None:
+        """Slots of local `ids` [N] int64: [N] int32, 0 for absent; None where one may be outside the table."""
+        if self.device.type != "cpu" or not isinstance(self.map, SlotMap):
+            return None
+        try:
+            return self.map.get_from(self.base_of[table], self.rows[table], ids)
+        except IndexError:
+            return None
+
     def slots_of(self, table: int, ids: Tensor) -> Tensor:
         """Slots of local `ids` [N] of one table: [N] int64, 0 for absent."""
         return self.map.get(ids + self.base_of[table]).to(torch.int64)

@@ -26,6 +26,10 @@ class SlotMap:
         """Slots of `ids` [N] int64: [N] int32, 0 for absent."""
         return self._slots.index_select(0, ids)
 
+    def get_from(self, base: int, rows: int, ids: Tensor) -> Tensor:
+        """Slots of `ids` [N] int64 counted from `base`: [N] int32; `IndexError` unless all are in bounds. On the CPU."""
+        return self._slots.narrow(0, base, rows).index_select(0, ids)
+
     def set(self, ids: Tensor, slots: Tensor) -> None:
         """Give `ids` [N] their `slots` [N]; ids must not repeat."""
         self._slots.index_copy_(0, ids, slots.to(torch.int32))

@@ -17,10 +17,10 @@ Update = Mapping[int, Rows]
 
 @contextmanager
 def in_small_steps() -> Iterator[None]:
-    """Work in the background, for as long as which lookups then have Python's global lock and the cores."""
+    """Work in the background, for twice as long as which lookups then have Python's global lock and the cores."""
     start = time.perf_counter()
     yield
-    time.sleep(min(time.perf_counter() - start, _LONGEST_BREAK_S))
+    time.sleep(min(2 * (time.perf_counter() - start), _LONGEST_BREAK_S))
 
 
 class InFlight:

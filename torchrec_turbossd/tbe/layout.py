@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,24 @@ class Run:
     stop: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A checked batch: [N] int64 slot map positions, and which lookups belong to which table."""
+    """A batch whose form was checked, and which lookups belong to which table.
 
-    positions: Tensor
-    runs: list[Run]
+    Args:
+        ids: [N] int64, as they were given.
+        positions: [N] int64 in the slot map; or what finds them and raises `RowIndexError` out of bounds.
+    """
+
+    def __init__(self, *, runs: list[Run], positions: Tensor | Callable[[], Tensor], ids: Tensor | None = None) -> None:
+        self.runs, self.ids = runs, ids
+        self._positions = positions
+
+    @property
+    def positions(self) -> Tensor:
+        """[N] int64 slot map positions, in bounds."""
+        if not isinstance(self._positions, Tensor):
+            self._positions = self._positions()
+        return self._positions
 
     def lookups(self, tables: int) -> list[int]:
         """Lookups of each table."""
@@ -69,16 +81,20 @@ class Layout:
         self._feature_rows = torch.tensor([rows[t] for t in feature_table], device=self.device)
         self._feature_bases = torch.tensor([self._bases[t] for t in feature_table], device=self.device)
 
-    def place(self, ids: Tensor, offsets: Tensor) -> Batch:
+    def place(self, ids: Tensor, offsets: Tensor, *, later: bool = False) -> Batch:
         """Check a batch in TBE convention (ids [N], offsets [features * B + 1]) and find each lookup's position.
+
+        With `later` ids are checked, on the CPU, only when positions are asked for: by then the slot map may have done.
 
         Raises `InputError` for dtype, shape, device or offsets that do not fit, `RowIndexError` for an id outside its
         table when bounds are RAISE. The caller's tensors are never changed.
         """
         size = self._check_form(ids, offsets)
         if self.device.type == "cpu":
-            ends = self._ends(offsets, size, ids.numel())
-            return self._place_runs(ids.to(torch.int64), self._runs(ends))
+            runs, ids = self._runs(self._ends(offsets, size, ids.numel())), ids.to(torch.int64)
+            if later:
+                return Batch(runs=runs, ids=ids, positions=lambda: self._place_runs(ids, runs))
+            return Batch(runs=runs, ids=ids, positions=self._place_runs(ids, runs))
         return self._place_on_device(ids.to(torch.int64), offsets.to(torch.int64), size)
 
     def _check_form(self, ids: Tensor, offsets: Tensor) -> int:
@@ -121,7 +137,7 @@ class Layout:
             start = stop
         return runs
 
-    def _place_runs(self, ids: Tensor, runs: list[Run]) -> Batch:
+    def _place_runs(self, ids: Tensor, runs: list[Run]) -> Tensor:
         positions = torch.empty_like(ids)
         for run in runs:
             part, rows = ids[run.start : run.stop], self.rows[run.table]
@@ -130,7 +146,7 @@ class Layout:
                 self._out_of_bounds(run.table, int(low) if int(low) < 0 else int(high))
                 part = torch.where((part < 0) | (part >= rows), 0, part)
             torch.add(part, self._bases[run.table], out=positions[run.start : run.stop])
-        return Batch(positions=positions, runs=runs)
+        return positions
 
     def _place_on_device(self, ids: Tensor, offsets: Tensor, size: int) -> Batch:
         """The same with one wait for the device: everything to be judged comes back in one small copy."""

@@ -117,7 +117,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
             InputError: dtype, shape, device or offsets that do not fit; weights with `PoolingMode.NONE`.
             RowIndexError: an id outside its table.
         """
-        batch = self.rows.layout.place(indices, offsets)
+        batch = self.rows.layout.place(indices, offsets, later=True)
         weights = self._check_weights(per_sample_weights, indices)
         offsets = offsets.to(self._id_type).contiguous()
         with self.rows.on_stream():

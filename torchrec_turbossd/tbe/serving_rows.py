@@ -154,7 +154,7 @@ class ServingRows:
 
     def _bring_in(self, batch: Batch, *, counted: bool = True) -> tuple[Tensor, int]:
         with self.lock:
-            found = self.cache.lookup(batch.positions)
+            found = self._find(batch)
             if not found.numel() or int(found.amin()):
                 return self._begin(batch, found, found, [0] * len(self.shards) if counted else None)
             reader = self._begin_reading()
@@ -179,6 +179,16 @@ class ServingRows:
             if my_turn:
                 self._turn.release()
             self._end_reading(reader)
+
+    def _find(self, batch: Batch) -> Tensor:
+        """Slots of a batch, 0 for absent rows: [N] int32."""
+        if batch.ids is not None and len(batch.runs) > 0:
+            # The slot map finds ids out of bounds by itself, so that a batch of hits pays for no other check.
+            parts = [self.cache.find(run.table, batch.ids[run.start : run.stop]) for run in batch.runs]
+            found = [part for part in parts if part is not None]
+            if len(found) == len(parts):
+                return found[0] if len(found) == 1 else torch.cat(found)
+        return self.cache.lookup(batch.positions)
 
     def _begin(self, batch: Batch, slots: Tensor, found: Tensor, misses: list[int] | None) -> tuple[Tensor, int]:
         """All rows are in `slots`, some were `found` there: the lookup begins; it counts where `misses` are given."""
