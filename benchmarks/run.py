@@ -94,11 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _about(given: argparse.Namespace, arguments: Sequence[str] | None) -> dict[str, object]:
-    given_words = list(sys.argv[1:] if arguments is None else arguments)
+    given_words = sys.argv[1:] if arguments is None else arguments
+    # Files are named without their folders, which are nobody's business.
+    words = [Path(word).name if "/" in word else word for word in given_words]
     return {
         "label": given.label,
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *given_words]),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *words]),
         "quick": given.quick,
         "seed": given.seed,
         "commit": machine.commit(),

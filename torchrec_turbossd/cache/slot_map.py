@@ -27,7 +27,7 @@ class SlotMap:
         return self._slots.index_select(0, ids)
 
     def get_from(self, base: int, rows: int, ids: Tensor) -> Tensor:
-        """Slots of `ids` [N] int64 counted from `base`: [N] int32; `IndexError` unless all are in bounds. On the CPU."""
+        """Slots of `ids` [N] int64 counted from `base`: [N] int32; `IndexError` unless all are in bounds."""
         return self._slots.narrow(0, base, rows).index_select(0, ids)
 
     def set(self, ids: Tensor, slots: Tensor) -> None:

@@ -34,7 +34,7 @@ from torchrec_turbossd.tbe.read_rows import ReadRows
 from torchrec_turbossd.tbe.served import Served, UpdatableStore
 from torchrec_turbossd.tbe.slot_memory import SlotMemory
 
-_WARM_ROWS = 512
+_WARM_ROWS = {"cpu": 512, "cuda": 4096}
 _PATIENCE_S, _TURN_S = 0.2, 0.02
 _SMALL_UPDATE = 4096
 
@@ -141,7 +141,7 @@ class ServingRows:
         Args:
             ids: [N] int64, distinct local ids on the CPU, the hottest first.
         """
-        for part in ids.to(self.device).split(_WARM_ROWS):
+        for part in ids.to(self.device).split(_WARM_ROWS[self.device.type]):
             with in_small_steps(), self.on_stream(), contextlib.suppress(CacheFullError):
                 with self.lock:
                     part = part[self.cache.slots_of(table, part) == 0][: self.cache.free(table)]
