@@ -105,3 +105,11 @@ def test_free_slots_are_lent_in_order() -> None:
     assert cache.take(0, 2).tolist() == [2, 3]
     assert cache.take(0, 9).tolist() == [1, 4, 5, 6, 7, 8] and cache.free(0) == 0
     assert cache.take(0, 1).numel() == 0
+
+
+def test_touches_do_not_keep_whole_batches() -> None:
+    cache = SlotCache([50], [8], device=torch.device("cpu"))
+    fill(cache, 0, 1, 2)
+    batch = torch.ones(100_000, dtype=torch.int32)
+    cache.touch(0, batch[:3])
+    assert sum(each.untyped_storage().nbytes() for each in cache._touches[0]) <= 12

@@ -286,3 +286,47 @@ def test_slots_that_cannot_be_written_are_emptied(
         assert looking.result() == OLD
     assert stamp_of(module, part(0)) == NEW
     module.tbe.rows.cache.check()
+
+
+def test_an_update_is_made_whole_whatever_happens_in_slots(
+    module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.cat([part(0), part(1)])
+    stamp_of(module, ids)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("planted")
+
+    for name in ("_fill_fresh", "_flip"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module.tbe.rows, name, fail)
+            update(module, ids, NEW)
+        assert stamp_of(module, ids) == NEW
+        update(module, ids, OLD)
+    module.tbe.rows.cache.check()
+
+
+def test_rows_that_are_updated_do_not_make_room_for_themselves(
+    module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(SLOTS)
+    stamp_of(module, ids)
+    held = Held(monkeypatch, module.tbe, "_call")
+    looking = Doing(lambda: stamp_of(module, part(11)))
+    held.wait()
+    cache, evicted = module.tbe.rows.cache, []
+    usual = cache.evict
+
+    def evict(table: int, count: int) -> Tensor:
+        before = set(cache.resident(table)[0].tolist())
+        slots = usual(table, count)
+        evicted.extend(before - set(cache.resident(table)[0].tolist()))
+        return slots
+
+    monkeypatch.setattr(cache, "evict", evict)
+    chosen = cache.hottest(0)[0].flip(0)[:5].cpu()
+    update(module, chosen, NEW)
+    held.let_go()
+    assert looking.result() == OLD
+    assert evicted and not set(evicted) & set(chosen.tolist())
+    assert stamp_of(module, chosen) == NEW

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +135,32 @@ def test_a_commit_that_fails_changes_nothing(module: TurboSSDInferenceModule, mo
         module.streaming_update(EVERY, values(300), "a", generation=generation)
         generation.commit()
     assert torch.equal(answers(module), values(300))
+
+
+def test_closing_while_one_begins(module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening, proceed = threading.Event(), threading.Event()
+    usual = type(module._live)._open
+
+    def wait_and_open(*arguments: Any) -> Any:
+        opening.set()
+        assert proceed.wait(30)
+        return usual(*arguments)
+
+    monkeypatch.setattr(type(module._live), "_open", wait_and_open)
+    failures: list[BaseException] = []
+
+    def begin() -> None:
+        try:
+            module.begin_generation()
+        except ClosedError as error:
+            failures.append(error)
+
+    beginning, closing = threading.Thread(target=begin), threading.Thread(target=module.close)
+    beginning.start()
+    assert opening.wait(30)
+    closing.start()
+    proceed.set()
+    beginning.join(30)
+    closing.join(30)
+    assert not closing.is_alive() and not beginning.is_alive()
+    assert folders(module) == ["CURRENT", "LOCK", "gen-1"]

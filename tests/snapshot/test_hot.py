@@ -35,16 +35,36 @@ def test_what_is_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_hot_rows(tmp_path / "none", {"a": A}) == {}
 
 
-@pytest.mark.parametrize("spoil", ["ids", "rows", "range"])
-def test_what_does_not_fit_is_refused(tmp_path: Path, spoil: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "holds"),
+    [
+        ("ids.npy", np.array([7, 100])),
+        ("ids.npy", np.array([-1, 7])),
+        ("ids.npy", np.array([7, 7])),
+        ("ids.npy", np.array([[7], [3]])),
+        ("ids.npy", np.array([7, 3], dtype=np.int32)),
+        ("ids.npy", np.array(7)),
+        ("rows.npy", np.zeros((2, 3), dtype=np.uint8)),
+        ("rows.npy", np.zeros((2, A.row_bytes), dtype=np.int8)),
+        ("ids.npy", b"no"),
+        ("ids.npy", b""),
+        ("ids.npy", b"PK\x03\x04 not an archive"),
+        ("ids.npy", b"\x93NUMPY\x01\x00\x04\x00{'a("),
+        ("rows.npy", b"\x93NUMPY\x01\x00"),
+        ("rows.npy", None),
+        ("name", b"\xff\xfe"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, file: str, holds: np.ndarray | bytes | None) -> None:
     ids = torch.tensor([7, 3])
     write_hot_rows(tmp_path / "hot", [(A, ids, lambda part: rows_of(A, part))])
-    if spoil == "range":
-        np.save(tmp_path / "hot" / "0.ids.npy", np.array([7, 100]))
-    elif spoil == "rows":
-        np.save(tmp_path / "hot" / "0.rows.npy", np.zeros((2, 3), dtype=np.uint8))
+    path = tmp_path / "hot" / f"0.{file}"
+    if holds is None:
+        path.unlink()
+    elif isinstance(holds, bytes):
+        path.write_bytes(holds)
     else:
-        (tmp_path / "hot" / "0.ids.npy").write_bytes(b"no")
+        np.save(path, holds)
     with pytest.raises(CorruptError, match="hot rows beside"):
         read_hot_rows(tmp_path / "hot", {"a": A})
 

@@ -35,6 +35,10 @@ def replayed(path: Path) -> list[tuple[int, int]]:
     return found
 
 
+def fail(*_: object) -> None:
+    raise OSError(errno.EIO, "planted")
+
+
 def append(journal: Journal, count: int = 3, size: int = 4) -> None:
     for _ in range(count):
         following = journal.last + 1
@@ -194,9 +198,6 @@ def test_a_failed_append_leaves_nothing_and_the_next_succeeds(journal: Journal, 
 def test_a_failed_append_that_cannot_be_undone_is_the_last(journal: Journal) -> None:
     append(journal, 2)
 
-    def fail(*_: object) -> None:
-        raise OSError(errno.EIO, "planted")
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.os, "writev", partly(30, errno.EIO))
         patch.setattr(module.os, "ftruncate", fail)
@@ -232,9 +233,6 @@ def test_sync_tells_what_is_durable_and_fails_for_good(journal: Journal, monkeyp
     assert journal.synced == 2
     append(journal, 1)
 
-    def fail(handle: int) -> None:
-        raise OSError(errno.EIO, "planted")
-
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "fdatasync", fail)
         with pytest.raises(StoreError, match="planted"):
@@ -257,6 +255,62 @@ def test_dropping_takes_the_first_segments(journal: Journal) -> None:
     assert segments_in(journal.path) == []
     append(journal, 1)
     assert replayed(journal.path) == [(8, 4)]
+
+
+def test_a_drop_that_could_not_be_made_durable_is_finished_later(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        append(journal, 1)
+        journal.rotate()
+    first, second, third = segments = journal.segments
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sync_directory", fail)
+        with pytest.raises(StoreError, match="planted"):
+            journal.drop(segments[:2])
+        assert list(journal.segments) == [second, third] and not first.path.exists()
+        # Before anything else goes, that the first one went must be certain.
+        with pytest.raises(StoreError, match="planted"):
+            journal.drop([second])
+        assert second.path.exists()
+    journal.drop(segments)
+    assert segments_in(journal.path) == [] and not journal.segments
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_an_interrupt_after_the_bytes_leaves_no_number_twice(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, undone: bool
+) -> None:
+    append(journal, 2)
+    before = journal.open_bytes
+    write_all = module._write_all
+
+    def interrupted(handle: int, parts: Sequence[Any]) -> int:
+        write_all(handle, parts)
+        raise KeyboardInterrupt
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    class Number(int):
+        """Bytes written, at the counting of which the interrupt comes."""
+
+        def __radd__(self, other: int) -> int:
+            raise KeyboardInterrupt
+
+    for write in (interrupted, lambda handle, parts: Number(write_all(handle, parts))):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "_write_all", write)
+            if not undone:
+                patch.setattr(module.os, "ftruncate", interrupt)
+            append(journal, 1)
+        assert (journal.last, journal.open_bytes, journal.segments[-1].last) == (2, before, 2)
+        if not undone:
+            with pytest.raises(StoreError, match="could not be taken back"):
+                append(journal, 1)
+            return
+    append(journal, 1)
+    assert replayed(journal.path) == [(1, 4), (2, 4), (3, 4)]
 
 
 def test_a_segment_without_a_record_counts_as_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

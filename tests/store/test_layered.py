@@ -291,6 +291,23 @@ def test_ids_beyond_two_to_the_31(tmp_path: Path) -> None:
         assert sum(f.stat().st_blocks for f in (tmp_path / path).rglob("*")) * 512 < 4 << 20
 
 
+def test_draining_applies_what_is_published_while_writes_go_on(store: LayeredRowStore) -> None:
+    go = held_back(store)
+    store.write(batch_of([1, 2], salt=1))
+    draining = threading.Thread(target=store.drain)
+    draining.start()
+    store.write(batch_of([3], salt=2))
+    assert draining.is_alive() and store.pending_bytes > 0
+    go.set()
+    draining.join(20)
+    assert not draining.is_alive()
+    rows, found = store._disk.read("users", torch.tensor([1, 2]))
+    assert bool(found.all()) and torch.equal(rows, rows_of(torch.tensor([1, 2]), SIZES["users"], 1))
+    store.close()
+    with pytest.raises(ClosedError):
+        store.drain()
+
+
 def test_checkpoints_and_clones_change_apart_from_their_source(store: LayeredRowStore, tmp_path: Path) -> None:
     store.write(batch_of([1, 2], salt=1))
     store.checkpoint(tmp_path / "copy")

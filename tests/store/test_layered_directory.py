@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.store.store_kit import SIZES, TABLE_ROWS, based, batch_of, layered
+from tests.store.layered_kit import salts
+from tests.store.store_kit import BASE_SALT, SIZES, TABLE_ROWS, based, batch_of, layered
 from torchrec_turbossd.errors import (
     ConfigError,
     CorruptError,
@@ -109,3 +110,19 @@ def test_a_journal_of_other_tables_is_damage(tmp_path: Path) -> None:
     journal.close()
     with pytest.raises(CorruptError, match="other tables"):
         layered(tmp_path / "a")
+
+
+def test_a_failed_cut_keeps_the_store_closable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(5, "planted")
+
+    store = layered(based(tmp_path / "a", torch.arange(0, TABLE_ROWS, 2)))
+    store.write(batch_of([1], salt=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("torchrec_turbossd.store.journal.sync_directory", fail)
+        with pytest.raises(StoreError, match="planted"):
+            store.close()
+    store.close()
+    again = layered(store.path, create=False)
+    assert salts(again, [1, 2]) == [1, BASE_SALT]
+    again.discard()

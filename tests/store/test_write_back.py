@@ -244,6 +244,27 @@ def test_chunks_hooks_and_tries_of_its_own(inner: Gated) -> None:
     assert told[-1] == ("after", 1) and told[:-1] == [("before", 1)] * (len(told) - 1) and len(told) > 2
 
 
+def test_a_hook_that_fails_stops_nothing(inner: Gated, caplog: pytest.LogCaptureFixture) -> None:
+    inner.go.set()
+    told: list[int] = []
+
+    def after(number: int) -> None:
+        told.append(number)
+        if number == 1:
+            raise MemoryError("planted")
+
+    store = WriteBackStore(inner, max_pending_bytes=100_000, applying=Applying(after=after))
+    for salt in (1, 2):
+        store.write(batch_of([1], salt=salt))
+        end = time.monotonic() + 20
+        while len(told) < salt and time.monotonic() < end:
+            time.sleep(0.001)
+    assert told == [1, 2]
+    assert_salt(inner, [1], 2)
+    assert "what follows batch 1 failed" in caplog.text and "planted" in caplog.text
+    store.close()
+
+
 def test_a_limit_that_makes_no_sense_is_refused(inner: Gated) -> None:
     with pytest.raises(ConfigError, match="max_pending_bytes"):
         WriteBackStore(inner, max_pending_bytes=0)

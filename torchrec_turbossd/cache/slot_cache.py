@@ -104,7 +104,8 @@ class SlotCache:
         if self.slots[table] == self.rows[table]:
             return
         kept = self._touches[table]
-        kept.append(slots)
+        # A part of a batch would keep all of it in memory.
+        kept.append(slots.clone() if slots.nbytes < slots.untyped_storage().nbytes() else slots)
         self._kept[table] += slots.numel()
         while self._kept[table] - kept[0].numel() > max(
             _LEAST_KEPT_TOUCHES, _KEPT_TOUCHES_PER_SLOT * self.slots[table]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torchrec_turbossd.errors import StoreError
 from torchrec_turbossd.serving.updates import UpdateBatch
 from torchrec_turbossd.tbe.successor import Successor
@@ -20,8 +23,16 @@ class CarriedUpdates:
         self._successor: Successor | None = None
         self._waiting: list[UpdateBatch] = []
 
-    def add(self, batch: UpdateBatch, version: int | None) -> None:
-        """Carry an update that the live generation has taken. A store that fails fails the load, not the update."""
+    @contextmanager
+    def carrying(self, batch: UpdateBatch, version: int | None) -> Iterator[None]:
+        """Carry an update that the body gives to the live generation. A failure is the load's, not the update's."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.failure = StoreError("an update was interrupted while this generation was made; load it again")
+            raise
         if version is not None and version <= self.version:
             return
         self.newest = max(self.newest, version or 0)
@@ -32,6 +43,8 @@ class CarriedUpdates:
                 self._successor.carry(batch)
             except StoreError as error:
                 self.failure = error
+            except Exception as error:
+                self.failure = StoreError(f"an update could not be brought to the new generation: {error!r}; try again")
 
     def attach(self, successor: Successor) -> None:
         """The new generation is open: it takes what has waited, and from now on every update at once."""

@@ -7,7 +7,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torchrec_turbossd.errors import ClosedError, SnapshotError, StoreError, Tur
 from torchrec_turbossd.serving.builder import GenerationBuilder
 from torchrec_turbossd.serving.carried import CarriedUpdates
 from torchrec_turbossd.serving.config import ServingConfig, read_threads
+from torchrec_turbossd.serving.following import Following, OpenGeneration
 from torchrec_turbossd.serving.generations import (
     ROWS,
     GenerationInfo,
@@ -46,18 +47,6 @@ from torchrec_turbossd.tbe.serving_rows import ServingRows
 from torchrec_turbossd.tbe.successor import Successor
 
 _PART, _HOT = "part-0", "hot"
-
-
-@dataclass
-class OpenGeneration:
-    """One version of the rows, open."""
-
-    folder: Path
-    info: GenerationInfo
-    store: LayeredRowStore
-
-    def close(self) -> None:
-        self.store.close()
 
 
 class LiveRows:
@@ -144,9 +133,8 @@ class LiveRows:
             if self._is_stale(version):
                 return False
             if any(ids.numel() for ids, _ in batch.values()):
-                self.rows.update(batch)
-                if self._carried is not None:
-                    self._carried.add(batch, version)
+                with contextlib.nullcontext() if self._carried is None else self._carried.carrying(batch, version):
+                    self.rows.update(batch)
             if version is not None:
                 self._live.info = replace(self._live.info, version=max(self.version, version))
         return True
@@ -177,8 +165,9 @@ class LiveRows:
         if self.directory in (Path(path).absolute(), *Path(path).absolute().parents):
             raise SnapshotError(f"{path} is within the module's own folder {self.directory}; save it elsewhere")
         with staging_directory(path) as staging:
-            # The most of what is to be written is written without the lock.
-            self._live.store.flush()
+            # Without the lock: most of what is pending is applied while updates go on.
+            with contextlib.suppress(ClosedError):
+                self._live.store.drain()
             with self._updating:
                 self.check_open()
                 info, tables = self._live.info, {t.name: t for t in self.tables}
@@ -215,117 +204,119 @@ class LiveRows:
             raise StoreError("a generation is being built; commit or abort it before a snapshot is loaded")
         with self._loading:
             self.check_open()
-            carried = self._carry(read_manifest(path).version)
-            folder = self._generations.new()
-            new: OpenGeneration | None = None
+            following = Following(CarriedUpdates(read_manifest(path).version))
             try:
-                info = build_generation(path, folder, self.tables)
-                new = self._open(folder, info, ssd_shards or self._config.ssd_shards)
-                successor = self._successor(new)
-                with self._updating:
-                    carried.attach(successor)
-                self._put_in_place(
-                    new, successor, carried, read_hot_rows(path / _HOT, {t.name: t for t in info.tables})
-                )
+                self._carry(following)
+                info = build_generation(path, following.begin(self._generations.new()), self.tables)
+                self._attach(following, info, ssd_shards or self._config.ssd_shards)
+                self._put_in_place(following, _hot_rows(path / _HOT, info))
             except BaseException:
-                self._discard(folder, new)
+                self._undo(following)
                 raise
 
     def begin(self, version: int) -> GenerationBuilder:
         """Begin a generation without rows, which is filled by updates of its own."""
         if not self._loading.acquire(blocking=False):
             raise StoreError("another generation is being loaded or built; wait for that, commit it or abort it")
+        following = Following(CarriedUpdates(version))
         try:
             self.check_open()
-            carried = self._carry(version)
-            folder = self._generations.new()
+            self._carry(following)
             tables = tuple(self._config.with_default_row(t) for t in self._plain)
-            info = GenerationInfo(tables=tables, version=version, base_version=version or None)
-            try:
-                write_info(folder, info)
-                new = self._open(folder, info, self._config.ssd_shards)
-            except BaseException:
-                self._discard(folder, None)
-                raise
-            successor = self._successor(new)
-            with self._updating:
-                carried.attach(successor)
-            self._building = GenerationBuilder(
-                successor,
-                commit=lambda: self._put_in_place(new, successor, carried, {}),
-                discard=lambda: self._discard(folder, new),
-                end=self._end_building,
-            )
+            info = GenerationInfo(tables=tables, version=version, base_version=version)
+            write_info(following.begin(self._generations.new()), info)
+            successor = self._attach(following, info, self._config.ssd_shards)
         except BaseException:
+            self._undo(following)
             self._loading.release()
             raise
-        return self._building
+        self._building = builder = GenerationBuilder(
+            successor,
+            commit=lambda: self._put_in_place(following, {}),
+            discard=lambda: self._undo(following),
+            end=self._end_building,
+        )
+        if self._closed:
+            # Who closes did not see this builder, and waits for it.
+            builder.abort()
+            self.check_open()
+        return builder
 
     def _end_building(self) -> None:
         self._building = None
         self._loading.release()
 
-    def _carry(self, version: int) -> CarriedUpdates:
+    def _carry(self, following: Following) -> None:
         with self._updating:
-            self._carried = CarriedUpdates(version)
-            return self._carried
+            self._carried = following.carried
 
-    def _discard(self, folder: Path, new: OpenGeneration | None) -> None:
+    def _attach(self, following: Following, info: GenerationInfo, ssd_shards: int) -> Successor:
+        """Open a generation that lies in its folder, and bring it what is updated from now on."""
+        new = following.generation = self._open(following.open_folder, info, ssd_shards)
+        shards = [TableShard.whole(t) for t in self._rules(info, self.tables)]
+        successor = following.successor = Successor(self.rows, new.store, shards)
         with self._updating:
+            following.carried.attach(successor)
+        return successor
+
+    def _undo(self, following: Following) -> None:
+        """Leave nothing of a generation, unless it is served already."""
+        if following.generation is not None and following.generation is self._live:
+            return
+        with self._updating:
+            # First of all: an update must not be carried into slots that are given back.
             self._carried = None
-        if new is not None:
-            new.store.discard()
-        remove(folder)
+        if following.successor is not None:
+            following.successor.abandon()
+        if following.generation is not None:
+            following.generation.store.discard()
+        if following.folder is not None and following.folder != self._generations.current():
+            remove(following.folder)
 
-    def _successor(self, new: OpenGeneration) -> Successor:
-        return Successor(self.rows, new.store, [TableShard.whole(t) for t in self._rules(new.info, self.tables)])
-
-    def _put_in_place(
-        self, new: OpenGeneration, successor: Successor, carried: CarriedUpdates, stored: Mapping[str, Rows]
-    ) -> None:
-        """Warm the new generation and serve it; what fails leaves the old one served.
+    def _put_in_place(self, following: Following, stored: Mapping[str, Rows]) -> None:
+        """Warm a generation and serve it; what fails before it is served leaves the old one served.
 
         The rows in slots are the hottest here; `stored` ones, hot where the snapshot was taken, come after them.
         """
-        hot = self.rows.resident()
+        successor, hot = following.open_successor, self.rows.resident()
+        successor.squeeze()
+        hot = [_first_then(now, before) for now, before in zip(self.rows.resident(), hot, strict=True)]
+        for table, spec in enumerate(self.tables):
+            successor.warm(table, hot[table])
+            if spec.name in stored:
+                successor.warm(table, *stored[spec.name])
+                hot[table] = _first_then(hot[table], stored[spec.name][0])
+        following.open_generation.store.flush()
+        with self._updating:
+            self.check_open()
+            old = self._switch(following)
         try:
-            successor.squeeze()
-            hot = [_first_then(now, before) for now, before in zip(self.rows.resident(), hot, strict=True)]
-            for table, spec in enumerate(self.tables):
-                successor.warm(table, hot[table])
-                if spec.name in stored:
-                    successor.warm(table, *stored[spec.name])
-                    hot[table] = _first_then(hot[table], stored[spec.name][0])
-            new.store.flush()
-            with self._updating:
-                self.check_open()
-                old = self._switch(new, successor, carried)
-        except BaseException:
-            successor.abandon()
-            raise
-        successor.retire()
-        # The rest of the slots were the old generation's until now.
-        for table, ids in enumerate(hot):
-            self.rows.warm(table, ids)
-        old.store.discard()
-        remove(old.folder)
+            successor.retire()
+            # The rest of the slots were the old generation's until now. Rows that cannot be read are not warm.
+            with contextlib.suppress(TurboSSDError):
+                for table, ids in enumerate(hot):
+                    self.rows.warm(table, ids)
+        finally:
+            old.store.discard()
+            remove(old.folder)
 
-    def _switch(self, new: OpenGeneration, successor: Successor, carried: CarriedUpdates) -> OpenGeneration:
-        """Make `new` the live generation in slots, here and on disk; returns the old one."""
-        carried.raise_failure()
-        new.info = replace(new.info, version=carried.newest)
+    def _switch(self, following: Following) -> OpenGeneration:
+        """Make a generation the live one, on disk and in slots; returns the old one."""
+        following.carried.raise_failure()
+        new = following.open_generation
+        new.info = replace(new.info, version=following.carried.newest)
         write_info(new.folder, new.info)
         new.store.flush()
         old, tables = self._live, self._rules(new.info, self.tables)
-        successor.take_over()
         try:
             self._generations.name_current(new.folder)
-        except BaseException:
-            successor.hand_back()
-            # The name may have changed before the failure.
+        except TurboSSDError:
+            # The name may have changed before the failure. What is named is what is served.
             with contextlib.suppress(TurboSSDError):
                 self._generations.name_current(old.folder)
-            raise
+            if self._generations.current() != new.folder:
+                raise
+        following.open_successor.take_over()
         self._live, self.tables, self._carried = new, tables, None
         return old
 
@@ -335,17 +326,29 @@ class LiveRows:
 
     def close(self) -> None:
         """Release everything, after a load in progress. Closing twice is allowed."""
-        if self._building is not None:
-            self._building.abort()
+        first, self._closed = not self._closed, True
+        builder = self._building
+        if builder is not None:
+            builder.abort()
         with self._loading, self._updating:
-            if self._closed:
+            if not first:
                 return
-            self._closed = True
             with contextlib.ExitStack() as stack:
                 stack.callback(self._generations.close)
                 if self._generations.kept:
                     stack.callback(write_info, self._live.folder, self._live.info)
+                # Where closing fails, the journal keeps what could not be applied for the next opening.
+                stack.callback(self._live.store.discard)
                 self._live.close()
+
+
+def _hot_rows(path: Path, info: GenerationInfo) -> dict[str, Rows]:
+    """Hot rows of a snapshot; those that do not fit are left out, since they only save time."""
+    try:
+        return read_hot_rows(path, {t.name: t for t in info.tables})
+    except TurboSSDError as error:
+        warnings.warn(f"the snapshot's hot rows are not used: {error}", RuntimeWarning, stacklevel=5)
+        return {}
 
 
 def _first_then(first: Tensor, then: Tensor) -> Tensor:
@@ -353,4 +356,4 @@ def _first_then(first: Tensor, then: Tensor) -> Tensor:
     return torch.cat([first, then[~torch.isin(then, first)]])
 
 
-__all__ = ["LiveRows", "OpenGeneration"]
+__all__ = ["LiveRows"]

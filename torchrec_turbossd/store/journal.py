@@ -78,6 +78,7 @@ class Journal:
         self._syncing = threading.Lock()
         self._handle = -1
         self._failure: str | None = None
+        self._unlinking = False
         self._closed = False
         with os_errors(self.path):
             self.path.mkdir(exist_ok=True)
@@ -185,13 +186,16 @@ class Journal:
                 if self._handle < 0:
                     self._begin()
                 segment = self._segments[-1]
+                before = segment.size, segment.last, self._last
                 try:
                     written = _write_all(self._handle, parts)
+                    segment.size += written
+                    self._last = segment.last = sequence
                 except BaseException:
-                    self._take_back(segment.size)
+                    # Also where an interrupt came after the bytes: their number must not be given twice.
+                    self._take_back(before[0])
+                    segment.size, segment.last, self._last = before
                     raise
-            segment.size += written
-            self._last = segment.last = sequence
         return sequence
 
     def _raise_if_unusable(self) -> None:
@@ -219,8 +223,10 @@ class Journal:
     def _take_back(self, size: int) -> None:
         try:
             os.ftruncate(self._handle, size)
-        except OSError as error:
-            self._failure = f"a failed write could not be taken back ({error})"
+        except BaseException as error:
+            self._failure = f"a failed write could not be taken back ({error!r})"
+            if not isinstance(error, OSError):
+                raise
 
     def sync(self) -> None:
         """Make every batch durable whose `append` returned before this call; appends go on meanwhile."""
@@ -257,18 +263,27 @@ class Journal:
     def drop(self, segments: Sequence[Segment]) -> None:
         """Delete the first segments, of which the last one may be the open one.
 
-        They go one by one, so that what a crash leaves is the end of the journal, without gaps.
+        They go one by one, so that what a crash leaves is the end of the journal, without gaps. What failed may be
+        tried again, also with segments that went before the failure.
         """
         with self._syncing, self._lock:
             if self._handle >= 0 and self._segments[-1] in segments:
                 os.close(self._handle)
                 self._handle = -1
+        # One whose end was not made durable must not outlive those after it.
+        self._sync_unlinked()
         for segment in segments:
-            with os_errors(self.path):
-                segment.path.unlink()
-                sync_directory(self.path)
-            with self._lock:
+            with os_errors(self.path), self._lock:
+                self._unlinking = True
+                segment.path.unlink(missing_ok=True)
                 self._segments = [s for s in self._segments if s.path != segment.path]
+            self._sync_unlinked()
+
+    def _sync_unlinked(self) -> None:
+        if self._unlinking:
+            with os_errors(self.path):
+                sync_directory(self.path)
+            self._unlinking = False
 
     def close(self) -> None:
         """Let go of the files. Closing twice is allowed."""

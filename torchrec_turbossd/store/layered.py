@@ -134,6 +134,7 @@ class LayeredRowStore(RowStore):
 
     def _cut(self, applied: int) -> None:
         # What fails here is tried again after the next batch; until then the journal is longer than it need be.
+        # A failure of another kind is logged by who calls this, and tried again as well.
         with self._cutting, contextlib.suppress(StoreError):
             if self._closing:
                 return
@@ -228,10 +229,21 @@ class LayeredRowStore(RowStore):
             self._journal.sync()
             self._memory.settle()
 
+    def drain(self) -> None:
+        """Apply to RocksDB what was published before this call, and make it durable there; writes go on meanwhile.
+
+        For those about to hold writes back for a `checkpoint`, which then has little left to apply.
+
+        Raises:
+            StoreError: what keeps rows from being applied; they stay in memory and in the journal.
+        """
+        with self._gate.call():
+            self._memory.flush()
+
     def checkpoint(self, path: Path) -> None:
         """As the contract says: hard links on the same file system, and no journal. Applies what is in memory first."""
         with self._gate.call():
-            # The most of it while writes go on.
+            # The most of it before the background thread has to stand still.
             self._memory.flush()
             self._memory.checkpoint(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from torch import Tensor
 from torchrec_turbossd.errors import ClosedError, ConfigError, StoreError
 from torchrec_turbossd.store.contract import Rows, RowStore
 from torchrec_turbossd.store.gate import Gate
+
+_LOG = logging.getLogger(__name__)
 
 _MERGE_BYTES = 512 << 10
 """Small batches are merged up to this size, so that a read searches few of them and the store writes few."""
@@ -90,7 +93,7 @@ class Applying:
 
     rows: written at once; None is a batch as a whole, which `inner` then takes atomically.
     before: called with a batch's number before it is applied; what it raises counts as the store's failure.
-    after: called with its number once it is.
+    after: called with its number once it is; what it raises is logged, and it is called again after the next batch.
     retry_s: after a failure, seconds until the next try; None tries only when `flush` or `close` asks for it.
     """
 
@@ -266,8 +269,8 @@ class WriteBackStore(RowStore):
                     self._applied = batch.last
                 self._error, self._told = error, False
                 self._changed.notify_all()
-            if error is None and self._how.after is not None:
-                self._how.after(batch.last)
+            if error is None:
+                self._call_after(batch.last)
         if self._discarding:
             # Here, because the thread that asked may be this one, in the middle of a write to `inner`.
             with contextlib.suppress(StoreError):
@@ -285,6 +288,15 @@ class WriteBackStore(RowStore):
         except Exception as failure:
             return failure
         return None
+
+    def _call_after(self, number: int) -> None:
+        if self._how.after is None:
+            return
+        try:
+            self._how.after(number)
+        except Exception:
+            # The rows are applied. Without this thread nothing more would be, and whoever waits would wait for ever.
+            _LOG.exception("what follows batch %d failed; it is tried again after the next batch", number)
 
     def _raise_discarded(self) -> None:
         if self._stopping:

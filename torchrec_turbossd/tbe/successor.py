@@ -17,14 +17,14 @@ from torchrec_turbossd.tbe.served import Served, UpdatableStore
 from torchrec_turbossd.tbe.serving_rows import ServingRows
 
 _STEPS = {"cpu": 512, "cuda": 4096}
-"""Rows that change hands at once: lookups, or an update, wait for no more. A GPU takes as long for a few as for many."""
+"""Rows that change hands at once: lookups, or an update, wait for no more. A GPU takes no longer for many."""
 
 
 class Successor:
     """What will be served next. Lookups go on in every method; updates wait while some rows are warmed.
 
-    `squeeze`, `warm`, then `take_over` (and `hand_back` where something fails after it), then `retire`; `abandon`
-    instead where something fails before. All but `put` and `carry` are called by one thread.
+    `squeeze`, `warm`, `take_over`, `retire`; `abandon` where something fails before `take_over`. All but `put` and
+    `carry` are called by one thread.
 
     Args:
         rows: the slots, serving another version.
@@ -92,7 +92,11 @@ class Successor:
                     changed = self._carried[table][part]
                     data[changed] = self._read(table, part[changed])
                 slots = cache.take(table, part.numel())
-                self._rows.memory.write(table, slots, data)
+                try:
+                    self._rows.memory.write(table, slots, data)
+                except BaseException:
+                    cache.give(table, slots)
+                    raise
                 cache.admit(table, part.flip(0).to(cache.device), slots.flip(0))
 
     def _read(self, table: int, ids: Tensor) -> Tensor:
@@ -127,16 +131,9 @@ class Successor:
 
     def take_over(self) -> None:
         """Serve the new version from now on; lookups in flight end on the old one's slots. No update is in flight."""
-        self._exchange(self._old, self._new)
-
-    def hand_back(self) -> None:
-        """Serve the old version again, as it was."""
-        self._exchange(self._new, self._old)
-
-    def _exchange(self, served: Served, following: Served) -> None:
         with self._rows.on_stream(), self._rows.lock:
-            following.cache.replace(served.cache)
-            self._rows.served = following
+            self._new.cache.replace(self._old.cache)
+            self._rows.served = self._new
 
     def retire(self) -> None:
         """Wait for lookups of the old version and reads of its store to end, then let the new one have all slots."""
