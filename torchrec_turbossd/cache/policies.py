@@ -1,6 +1,7 @@
 """The eviction policies by name, and the one that is taken where none is named.
 
-S3-FIFO is the default: of the four it hits most, or as much as the best within a point, on every trace tried.
+S3-FIFO is the default: with up to a quarter of the rows in slots it hits more than LRU on all real and Zipf traces
+tried, and is within two points of it where popularity shifts as a whole and the cache is that large.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 J. Yang, Y. Zhang, Z. Qiu, Y. Yue, K. V. Rashmi, "FIFO Queues are All You Need for Cache Eviction", SOSP 2023. A row
 that leaves the small queue unread is gone, but its id is remembered for a while: if it comes back in that time it goes
-straight to the main queue, where each read since the last round (up to three) buys another round. Here one read in the
-small queue is enough to go on to the main one: of the thresholds of one and two reads it is the one that never falls
-behind LRU, also where popularity drifts or the cache is large.
+straight to the main queue, where each read since the last round (up to three) buys another round. Here one read in
+the small queue is enough to go on to the main one: of the thresholds of one and two reads it is the one that falls less
+behind LRU where popularity drifts and the cache is large.
 """
 
 from __future__ import annotations
