@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchrec_turbossd.errors import StoreError
 from torchrec_turbossd.serving import TurboSSDInferenceModule
+from torchrec_turbossd.tbe import successor
 
 ROWS, SLOTS, PART = 60, 24, 5
 OLD, NEW = 1, 2
@@ -236,7 +237,7 @@ def test_lookups_and_updates_go_on_while_a_snapshot_is_read(
     module.save_snapshot(tmp_path / "snapshot")
     update(module, every(), NEW)
     stamp_of(module, part(0))
-    held = Held(monkeypatch, pytest.importorskip("torchrec_turbossd.tbe.successor"), "stored_rows")
+    held = Held(monkeypatch, successor, "stored_rows")
     loading = Doing(lambda: module.load_snapshot(tmp_path / "snapshot"))
     held.wait()
     assert [stamp_of(module, part(n)) for n in range(12)] == [NEW] * 12

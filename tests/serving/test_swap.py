@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,29 @@ def answers(module: TurboSSDInferenceModule) -> Tensor:
     return module(EVERY, torch.arange(ROWS + 1))
 
 
-@pytest.fixture
-def module(tmp_path: Path) -> Iterator[TurboSSDInferenceModule]:
+@contextmanager
+def serving(tmp_path: Path) -> Iterator[TurboSSDInferenceModule]:
     with build(SPECS, tmp_path / "ssd", device="cpu", name="m", output_dtype=SparseType.FP32) as module:
         module.streaming_update(EVERY, values(1000), "a")
         yield module
 
 
-@pytest.fixture
-def snapshot(tmp_path: Path) -> Path:
+def saved(tmp_path: Path) -> Path:
     with build(SPECS, tmp_path / "other", device="cpu") as other:
         other.streaming_update(EVERY, values(2000), "a")
         other.save_snapshot(tmp_path / "snap", version=5)
     return tmp_path / "snap"
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Iterator[TurboSSDInferenceModule]:
+    with serving(tmp_path) as module:
+        yield module
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    return saved(tmp_path)
 
 
 def generations(module: TurboSSDInferenceModule) -> list[str]:
@@ -282,27 +293,6 @@ def test_a_name_that_was_written_before_the_failure_is_taken_back(
     with pytest.raises(StoreError, match="planted"):
         module.load_snapshot(snapshot)
     assert_serves_on(module)
-
-
-def test_a_carried_update_that_fails_fails_the_load_alone(
-    module: TurboSSDInferenceModule, snapshot: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers(module)
-
-    def act() -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr("torchrec_turbossd.serving.live.Successor.carry", fail_with)
-            module.streaming_update(EVERY[7:8], torch.ones(1, 4), "a")
-
-    during(WARMED, monkeypatch, act)
-    with pytest.raises(StoreError, match="planted"):
-        module.load_snapshot(snapshot)
-    want = values(1000)
-    want[7] = 1
-    assert torch.equal(answers(module), want)
-    assert generations(module) == ["CURRENT", "LOCK", "gen-1"]
-    module.load_snapshot(snapshot)
-    assert torch.equal(answers(module), values(2000))
 
 
 def test_slots_that_cannot_be_refilled_are_emptied(

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from fbgemm_gpu.split_embedding_configs import SparseType
 
 from tests.serving.test_swap import (
     EVERY,
-    SPECS,
     SQUEEZED,
+    WARMED,
     answers,
     assert_serves_on,
-    build,
     during,
     fail_with,
     generations,
     reopened,
+    saved,
+    serving,
     values,
 )
 from torchrec_turbossd.errors import StoreError
@@ -30,17 +30,13 @@ from torchrec_turbossd.serving import TurboSSDInferenceModule
 
 @pytest.fixture
 def module(tmp_path: Path) -> Iterator[TurboSSDInferenceModule]:
-    with build(SPECS, tmp_path / "ssd", device="cpu", name="m", output_dtype=SparseType.FP32) as module:
-        module.streaming_update(EVERY, values(1000), "a")
+    with serving(tmp_path) as module:
         yield module
 
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    with build(SPECS, tmp_path / "other", device="cpu") as other:
-        other.streaming_update(EVERY, values(2000), "a")
-        other.save_snapshot(tmp_path / "snap", version=5)
-    return tmp_path / "snap"
+    return saved(tmp_path)
 
 
 @pytest.mark.parametrize("step", ["retire", "warm"])
@@ -115,3 +111,24 @@ def test_a_load_that_fails_at_once_carries_nothing(
             module.begin_generation()
     assert module._live._carried is None
     module.load_snapshot(snapshot)
+
+
+def test_a_carried_update_that_fails_fails_the_load_alone(
+    module: TurboSSDInferenceModule, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(module)
+
+    def act() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("torchrec_turbossd.serving.live.Successor.carry", fail_with)
+            module.streaming_update(EVERY[7:8], torch.ones(1, 4), "a")
+
+    during(WARMED, monkeypatch, act)
+    with pytest.raises(StoreError, match="planted"):
+        module.load_snapshot(snapshot)
+    want = values(1000)
+    want[7] = 1
+    assert torch.equal(answers(module), want)
+    assert generations(module) == ["CURRENT", "LOCK", "gen-1"]
+    module.load_snapshot(snapshot)
+    assert torch.equal(answers(module), values(2000))

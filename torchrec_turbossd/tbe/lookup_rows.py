@@ -150,18 +150,20 @@ class LookupRows:
         # for the disk does not hold others up for long.
         my_turn = self._turn.acquire(timeout=_TURN_S)
         try:
+            # Before the lock is taken: a batch makes them when they are first asked for.
+            positions = batch.positions
             while True:
                 with self.lock:
                     self._catch_up(reader)
-                    found = self.cache.lookup(batch.positions)
-                    absent = self._by_table(torch.unique(batch.positions[found == 0]))
+                    found = self.cache.lookup(positions)
+                    absent = self._by_table(torch.unique(positions[found == 0]))
                     unread = reader.read.lacks([ids.cpu() for ids in absent])
                     if sum(ids.numel() for ids in unread) == 0:
                         if not self._has_room(batch, found, [ids.numel() for ids in absent], reader):
                             continue
                         self._admit(reader.read, absent)
                         self.served.claims.pop(reader, None)
-                        slots = self.cache.lookup(batch.positions)
+                        slots = self.cache.lookup(positions)
                         return self._begin(batch, slots, found, reader.read.counts if counted else None)
                 self._read(reader, unread)
         finally:
@@ -228,7 +230,7 @@ class LookupRows:
         if self.served.make_room(here[found > 0], needed, reader):
             return True
         if time.monotonic() > reader.patience:
-            raise CacheFullError("lookups in flight hold the slots that this batch needs")
+            raise CacheFullError("lookups in flight hold the slots that this batch needs; give the tables more slots")
         self.served.claims[reader] = needed
         self.in_flight.sleep()
         return False
