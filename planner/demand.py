@@ -19,8 +19,8 @@ from torchrec_turbossd.tables import MAX_SLOTS, StateSpec
 ROW_SHARD_SLACK = 1.25
 """How many more of a batch's ids than its even share a row-wise shard must be ready for."""
 
-_FIRST, _SECOND = StateSpec(name="momentum1", per_row=False), StateSpec(name="momentum2", per_row=False)
-_FIRST_OF_ROW, _SECOND_OF_ROW = StateSpec(name="momentum1", per_row=True), StateSpec(name="momentum2", per_row=True)
+_FIRST, _SECOND = StateSpec(name="momentum1", per_row=False), StateSpec(name="exp_avg_sq", per_row=False)
+_FIRST_OF_ROW, _SECOND_OF_ROW = StateSpec(name="momentum1", per_row=True), StateSpec(name="exp_avg_sq", per_row=True)
 
 ROW_STATE: dict[EmbOptimType, tuple[StateSpec, ...]] = {
     EmbOptimType.NONE: (),

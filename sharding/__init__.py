@@ -1,6 +1,10 @@
 """TorchRec sharders whose tables may live on SSD."""
 
 from torchrec_turbossd.sharding.checkpoint import save_snapshot
+from torchrec_turbossd.sharding.embedding import (
+    TurboSSDEmbeddingCollectionSharder,
+    TurboSSDShardedEmbeddingCollection,
+)
 from torchrec_turbossd.sharding.embeddingbag import (
     TurboSSDEmbeddingBagCollectionSharder,
     TurboSSDShardedEmbeddingBagCollection,
@@ -10,7 +14,9 @@ from torchrec_turbossd.sharding.sharders import get_turbo_ssd_sharders
 
 __all__ = [
     "TurboSSDEmbeddingBagCollectionSharder",
+    "TurboSSDEmbeddingCollectionSharder",
     "TurboSSDShardedEmbeddingBagCollection",
+    "TurboSSDShardedEmbeddingCollection",
     "get_turbo_ssd_sharders",
     "load_snapshot",
     "save_snapshot",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
 from torch import nn
 from torch.distributed import ProcessGroup
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
@@ -51,6 +51,19 @@ class KernelOptions:
 
     seed: int = 0
     policy: str = DEFAULT_POLICY
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelNeeds:
+    """What a kernel needs beyond TorchRec's config.
+
+    slots: usable slots of each table of the group. store: holds the rows of all of them. group: of the ranks.
+    """
+
+    slots: Sequence[int]
+    store: RowStore
+    group: ProcessGroup | None
+    options: KernelOptions = field(default_factory=KernelOptions)
 
 
 def _state(name: str, optimizer: EmbOptimType) -> tuple[StateSpec, ...]:
@@ -118,41 +131,37 @@ def _bounds(config: GroupedEmbeddingConfig) -> Bounds:
     return Bounds.IGNORE if mode.name.endswith("IGNORE") else Bounds.RAISE
 
 
-class TurboSSDEmbeddingBag(BaseBatchedEmbeddingBag[torch.Tensor], FusedOptimizerModule):
-    """Pooled lookups of a group of tables whose rows live in `store`.
+class TurboSSDKernel(FusedOptimizerModule):
+    """A group of tables whose rows live in a row store; the part that bags and sequences share.
 
-    Args:
-        slots: usable slots of each table of the group.
-        store: holds the rows of all tables of the group.
+    Comes before one of TorchRec's kernel base classes, whose constructor has run when `_build` is called.
     """
 
-    def __init__(
-        self,
-        config: GroupedEmbeddingConfig,
-        group: ProcessGroup | None,
-        device: torch.device | None,
-        sharding_type: ShardingType | None,
-        *,
-        slots: Sequence[int],
-        store: RowStore,
-        options: KernelOptions,
-    ) -> None:
-        super().__init__(config, group, device, sharding_type)
+    _config: GroupedEmbeddingConfig
+    _feature_table_map: list[int]
+
+    def _build(self, needs: KernelNeeds, pooling: PoolingMode, device: torch.device | None) -> None:
+        """Make the TBE and its optimizer."""
+        config = self._config
         optimizer = group_optimizer(config)
         self._emb_module = TurboSSDTableBatchedEmbeddingBags(
-            [table_shard(table, optimizer, options.seed) for table in config.embedding_tables],
-            slots,
+            [table_shard(table, optimizer, needs.options.seed) for table in config.embedding_tables],
+            needs.slots,
             self._feature_table_map,
-            store,
+            needs.store,
             device=device or torch.device("cpu"),
             options=TrainingOptions(
-                pooling_mode=self._pooling,
-                policy=options.policy,
+                pooling_mode=pooling,
+                policy=needs.options.policy,
                 bounds=_bounds(config),
                 tbe_args=_tbe_arguments(config),
             ),
         )
-        self._optim = TurboSSDFusedOptimizer(self._emb_module, config.embedding_tables, group)
+        self._optim = TurboSSDFusedOptimizer(self._emb_module, config.embedding_tables, needs.group)
+
+    @property
+    def config(self) -> GroupedEmbeddingConfig:
+        return self._config
 
     @property
     def emb_module(self) -> Any:
@@ -163,7 +172,7 @@ class TurboSSDEmbeddingBag(BaseBatchedEmbeddingBag[torch.Tensor], FusedOptimizer
         return self._optim
 
     def forward(self, features: KeyedJaggedTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Look `features` up: [B, sum of dims]."""
+        """Look `features` up: [B, sum of dims] pooled, [N, dim] as a sequence."""
         if features.variable_stride_per_key():
             raise UnsupportedError(
                 "a batch size per feature (variable stride) is not supported on SSD-backed tables "
@@ -207,6 +216,28 @@ class TurboSSDEmbeddingBag(BaseBatchedEmbeddingBag[torch.Tensor], FusedOptimizer
             yield name, placeholder()
 
 
+class TurboSSDEmbeddingBag(TurboSSDKernel, BaseBatchedEmbeddingBag[torch.Tensor]):
+    """Pooled lookups of a group of tables on SSD."""
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        device: torch.device | None,
+        sharding_type: ShardingType | None,
+        needs: KernelNeeds,
+    ) -> None:
+        super().__init__(config, needs.group, device, sharding_type)
+        self._build(needs, self._pooling, device)
+
+
+class TurboSSDEmbedding(TurboSSDKernel, BaseBatchedEmbedding[torch.Tensor]):
+    """Sequence lookups of a group of tables on SSD."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, device: torch.device | None, needs: KernelNeeds) -> None:
+        super().__init__(config, needs.group, device)
+        self._build(needs, PoolingMode.NONE, device)
+
+
 def placeholder() -> nn.Parameter:
     """What TorchRec registers for a table without local weights: an empty parameter that no optimizer steps."""
     parameter = nn.Parameter(torch.empty(0))
@@ -216,8 +247,11 @@ def placeholder() -> nn.Parameter:
 
 __all__ = [
     "TBE_ARGUMENTS",
+    "KernelNeeds",
     "KernelOptions",
+    "TurboSSDEmbedding",
     "TurboSSDEmbeddingBag",
+    "TurboSSDKernel",
     "group_optimizer",
     "placeholder",
     "table_shard",

@@ -13,7 +13,7 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from torchrec_turbossd.errors import UnsupportedError
-from torchrec_turbossd.sharding.kernel import TurboSSDEmbeddingBag, group_optimizer, table_shard
+from torchrec_turbossd.sharding.kernel import TurboSSDKernel, group_optimizer, table_shard
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.slot_memory import TrainingMemory
 from torchrec_turbossd.tbe.training import TurboSSDTableBatchedEmbeddingBags
@@ -73,7 +73,7 @@ def _tables_of(kernel: Any, seed: int, names: Collection[str]) -> list[LocalTabl
     if not wanted or config.compute_kernel == EmbeddingComputeKernel.DENSE:
         return []
     owner: TurboSSDTableBatchedEmbeddingBags | TrainingMemory
-    if isinstance(kernel, TurboSSDEmbeddingBag):
+    if isinstance(kernel, TurboSSDKernel):
         owner = kernel.emb_module
     elif isinstance(kernel.emb_module, SplitTableBatchedEmbeddingBagsCodegen):
         kernel.flush()

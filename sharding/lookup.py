@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 from torchrec.distributed.embedding_kernel import BaseEmbedding
-from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import (
     EmbeddingComputeKernel,
     GroupedEmbeddingConfig,
@@ -20,7 +21,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.planner.kernel import slots_of
-from torchrec_turbossd.sharding.kernel import KernelOptions, TurboSSDEmbeddingBag
+from torchrec_turbossd.sharding.kernel import (
+    KernelNeeds,
+    KernelOptions,
+    TurboSSDEmbedding,
+    TurboSSDEmbeddingBag,
+    TurboSSDKernel,
+)
 from torchrec_turbossd.store.contract import RowStore
 
 
@@ -62,7 +69,28 @@ class LookupContext:
         return max(1, min(count, table.local_rows))
 
 
-class TurboSSDPooledLookup(GroupedPooledEmbeddingsLookup):
+class _Lookup:
+    """The part that pooled and sequence lookups share."""
+
+    _context: LookupContext
+    _emb_modules: nn.ModuleList
+    _feature_splits: list[int]
+
+    def _needs(self, config: GroupedEmbeddingConfig, group: ProcessGroup | None) -> KernelNeeds:
+        return KernelNeeds(
+            slots=[self._context.slots(table) for table in config.embedding_tables],
+            store=self._context.store,
+            group=group,
+            options=self._context.kernel,
+        )
+
+    def _prefetch_ours(self, features: KeyedJaggedTensor, forward_stream: Any) -> None:
+        for kernel, part in zip(self._emb_modules, features.split(self._feature_splits), strict=True):
+            if isinstance(kernel, TurboSSDKernel):
+                kernel.prefetch(part, forward_stream)
+
+
+class TurboSSDPooledLookup(_Lookup, GroupedPooledEmbeddingsLookup):
     """Pooled lookups of a sharding type, stock groups and ours side by side."""
 
     def __init__(self, context: LookupContext, **stock: Any) -> None:
@@ -80,22 +108,39 @@ class TurboSSDPooledLookup(GroupedPooledEmbeddingsLookup):
     ) -> BaseEmbedding:
         if not is_ours(config):
             return super()._create_embedding_kernel(config, device, pg, sharding_type, env)
-        return TurboSSDEmbeddingBag(
-            config,
-            pg,
-            device,
-            sharding_type,
-            slots=[self._context.slots(table) for table in config.embedding_tables],
-            store=self._context.store,
-            options=self._context.kernel,
-        )
+        return TurboSSDEmbeddingBag(config, device, sharding_type, self._needs(config, pg))
 
     def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
         """Prefetch stock groups as TorchRec does, and ours."""
         super().prefetch(sparse_features, forward_stream)
-        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True):
-            if isinstance(kernel, TurboSSDEmbeddingBag):
-                kernel.prefetch(features, forward_stream)
+        self._prefetch_ours(sparse_features, forward_stream)
 
 
-__all__ = ["LookupContext", "TurboSSDPooledLookup", "is_ours"]
+class TurboSSDSequenceLookup(_Lookup, GroupedEmbeddingsLookup):
+    """Sequence lookups of a sharding type, stock groups and ours side by side."""
+
+    def __init__(self, context: LookupContext, **stock: Any) -> None:
+        self._context = context
+        super().__init__(**stock)
+
+    def _create_embedding_kernel(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: ProcessGroup | None,
+        device: torch.device | None,
+        env: ShardingEnv | None = None,
+    ) -> BaseEmbedding:
+        if not is_ours(config):
+            return super()._create_embedding_kernel(config, pg, device, env)
+        return TurboSSDEmbedding(config, device, self._needs(config, pg))
+
+    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """Prefetch stock groups as TorchRec does, and ours."""
+        if self._need_prefetch:
+            # TorchRec then prefetches every kernel that can, ours among them.
+            super().prefetch(sparse_features, forward_stream)
+        else:
+            self._prefetch_ours(sparse_features, forward_stream)
+
+
+__all__ = ["LookupContext", "TurboSSDPooledLookup", "TurboSSDSequenceLookup", "is_ours"]

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_turbossd.sharding.embedding import TurboSSDEmbeddingCollectionSharder
 from torchrec_turbossd.sharding.embeddingbag import TurboSSDEmbeddingBagCollectionSharder
 
 
@@ -21,15 +21,14 @@ def get_turbo_ssd_sharders(
 ) -> list[ModuleSharder[nn.Module]]:
     """Sharders for a whole model, for the planner and for `DistributedModelParallel`.
 
-    `EmbeddingBagCollection` gets ours; `EmbeddingCollection` TorchRec's with the same `fused_params`; every other
-    module what TorchRec's defaults say.
+    `EmbeddingBagCollection` and `EmbeddingCollection` get ours; every other module what TorchRec's defaults say.
 
     Args:
-        ssd_directory, fused_params, options: see `TurboSSDEmbeddingBagCollectionSharder`.
+        ssd_directory, fused_params, options: see `TurboSSDSharder`.
     """
     special: dict[type[nn.Module], Any] = {
         EmbeddingBagCollection: TurboSSDEmbeddingBagCollectionSharder(ssd_directory, fused_params, **options),
-        EmbeddingCollection: EmbeddingCollectionSharder(fused_params=dict(fused_params or {})),
+        EmbeddingCollection: TurboSSDEmbeddingCollectionSharder(ssd_directory, fused_params, **options),
     }
     stock = [s for s in get_default_sharders() if s.module_type not in special]
     return [*special.values(), *stock]

@@ -19,10 +19,12 @@ GPU_RANKS = max(1, min(2, torch.cuda.device_count()))
 """Ranks of tests over NCCL: one for each GPU, at most two."""
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", local: int | None = None
+) -> list[Any]:
     """Call `function(rank, world, *args)` on `world` fresh processes; returns what each returned, by rank.
 
-    A rank that raises makes this raise with its traceback.
+    A rank that raises makes this raise with its traceback. With `local` each host has so many ranks.
     """
     # Ranks are forked from one process that has done the slow imports, and nothing else; CUDA survives no fork.
     context = mp.get_context("spawn" if backend == "nccl" else "forkserver")
@@ -31,7 +33,9 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str
     results: Any = context.Queue()
     rendezvous = tempfile.mktemp(prefix="turbossd-ranks-")
     processes = [
-        context.Process(target=_rank, args=(rank, world, rendezvous, backend, function, args, results))
+        context.Process(
+            target=_rank, args=((rank, world, local or world), rendezvous, backend, function, args, results)
+        )
         for rank in range(world)
     ]
     for process in processes:
@@ -51,9 +55,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str
     return [found[rank] for rank in range(world)]
 
 
-def _rank(rank: int, world: int, rendezvous: str, backend: str, function: Any, args: Any, results: Any) -> None:
+def _rank(place: tuple[int, int, int], rendezvous: str, backend: str, function: Any, args: Any, results: Any) -> None:
+    rank, world, local = place
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank % local), LOCAL_WORLD_SIZE=str(local),
         MASTER_ADDR="localhost", MASTER_PORT="0",
     )  # fmt: skip
     warnings.simplefilter("ignore")

@@ -27,6 +27,10 @@ class TableReads:
         """Hits per lookup; 0 when there were none."""
         return self.read_hit_count / self.read_total_count if self.read_total_count else 0.0
 
+    def __add__(self, other: TableReads) -> TableReads:
+        """The reads of both, as of two shards of one table."""
+        return TableReads(self.read_hit_count + other.read_hit_count, self.read_miss_count + other.read_miss_count)
+
 
 class ReadCounters:
     """Cumulative reads by table, safe to count and to read from several threads."""
@@ -45,13 +49,17 @@ class ReadCounters:
                 self._hits[table] += total - missed
                 self._misses[table] += missed
 
+    def read_each(self) -> list[TableReads]:
+        """Counts since the start of each table, in order; shards of one table count for themselves."""
+        with self._lock:
+            return [TableReads(hit, miss) for hit, miss in zip(self._hits, self._misses, strict=True)]
+
     def read(self) -> dict[str, TableReads]:
         """Counts since the start, by table."""
-        with self._lock:
-            return {
-                name: TableReads(hit, miss)
-                for name, hit, miss in zip(self._names, self._hits, self._misses, strict=True)
-            }
+        counted: dict[str, TableReads] = {}
+        for name, reads in zip(self._names, self.read_each(), strict=True):
+            counted[name] = counted[name] + reads if name in counted else reads
+        return counted
 
     def take(self) -> tuple[int, int, int]:
         """(hits, misses, reads) of all tables since the last call."""

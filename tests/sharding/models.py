@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,28 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams
+from tests.sharding.plans import cuts, parameter, plan_of
 from torchrec_turbossd.rows import initial_weights
-from torchrec_turbossd.sharding import TurboSSDEmbeddingBagCollectionSharder
+from torchrec_turbossd.sharding import TurboSSDEmbeddingBagCollectionSharder, TurboSSDEmbeddingCollectionSharder
 from torchrec_turbossd.tables import InitRule
 
 DIM, BATCH = 8, 12
 ROWS = {"big": 900, "wide": 400, "small": 30}
 FEATURES = {"big": ["b0", "b1"], "wide": ["w0"], "small": ["s0"]}
 SEED = 5
+SHARDERS: dict[str, tuple[Any, Any]] = {
+    "ebc": (EmbeddingBagCollectionSharder, TurboSSDEmbeddingBagCollectionSharder),
+    "ec": (EmbeddingCollectionSharder, TurboSSDEmbeddingCollectionSharder),
+}
+"""TorchRec's sharder and ours, by name of the sparse module."""
 
 
 class Model(nn.Module):
@@ -83,8 +89,42 @@ def fused_params(optimizer: EmbOptimType, **more: Any) -> dict[str, Any]:
     return {"optimizer": optimizer, "learning_rate": 0.1, "eps": 1e-6, **more}
 
 
+class SequenceModel(nn.Module):
+    """The same tables, all `DIM` wide, looked up as sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ec = EmbeddingCollection(
+            device=torch.device("meta"),
+            tables=[
+                EmbeddingConfig(name=name, num_embeddings=rows, embedding_dim=DIM, feature_names=FEATURES[name])
+                for name, rows in ROWS.items()
+            ],
+        )
+        torch.manual_seed(3)
+        self.linear = nn.Linear(4 * DIM, 1)
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        """(loss, predictions)."""
+        found = self.ec(features)
+        # Each place of a sequence counts differently.
+        weights = torch.arange(1, 6, device=features.device()).view(1, 5, 1)
+        bags = [(found[f].to_padded_dense(5) * weights).sum(1) for names in FEATURES.values() for f in names]
+        predictions = self.linear(torch.cat(bags, dim=1))
+        return (predictions * predictions).mean() + predictions.mean(), predictions
+
+
+def sparse_name(model: nn.Module) -> str:
+    return "ebc" if hasattr(model, "ebc") else "ec"
+
+
+def sparse_of(dmp: DistributedModelParallel) -> Any:
+    """The sharded module of a model."""
+    return getattr(dmp.module, sparse_name(dmp.module))
+
+
 def make_plan(
-    model: Model,
+    model: nn.Module,
     sharder: ModuleSharder[Any],
     world: int,
     sharding: str,
@@ -92,33 +132,16 @@ def make_plan(
     device: str = "cpu",
 ) -> ShardingPlan:
     """`big` and `wide` sharded as said, on SSD when `slots` are given; `small` always FUSED on the last rank."""
-
-    def place(name: str) -> Any:
-        kernel = TURBO_SSD if slots is not None and name in slots else "fused"
-        base = (
-            row_wise(compute_kernel=kernel)
-            if sharding == "row_wise" and name != "small"
-            else table_wise(rank=(world - 1) if name != "big" else 0, compute_kernel=kernel)
-        )
-
-        def generate(*args: Any) -> Any:
-            parameter = base(*args)
-            if slots is not None and name in slots:
-                shards = parameter.sharding_spec.shards
-                parameter.cache_params = TurboCacheParams(
-                    slots=tuple(min(slots[name], s.shard_sizes[0]) for s in shards),
-                    row_bytes=(0,) * len(shards),
-                    hit_rates=(0.0,) * len(shards),
-                )
-            return parameter
-
-        return generate
-
-    places = {name: place(name) for name in ROWS}
-    module_plan = construct_module_sharding_plan(
-        model.ebc, places, sharder=sharder, local_size=world, world_size=world, device_type=device
-    )
-    return ShardingPlan({"ebc": module_plan})
+    sparse = getattr(model, sparse_name(model))
+    configs = sparse.embedding_bag_configs() if sparse_name(model) == "ebc" else sparse.embedding_configs()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    places = {}
+    for config in configs:
+        kind = "table_wise" if config.name == "small" else sharding
+        rank = 0 if config.name == "big" else world - 1
+        shards = cuts(kind, config.num_embeddings, config.embedding_dim, world, local, rank)
+        places[config.name] = parameter(kind, shards, (slots or {}).get(config.name), device)
+    return ShardingPlan({sparse_name(model): plan_of(places)})
 
 
 def make_dmp(
@@ -127,7 +150,7 @@ def make_dmp(
     optimizer: EmbOptimType,
     directory: Path | None,
     slots: dict[str, int] | None,
-    model: Model | None = None,
+    model: Model | SequenceModel | None = None,
 ) -> DistributedModelParallel:
     """A sharded model: on SSD under `directory` with `slots`, or all FUSED with the same initial rows.
 
@@ -136,10 +159,11 @@ def make_dmp(
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     model = model or Model()
     params = fused_params(optimizer)
+    stock, ours = SHARDERS[sparse_name(model)]
     sharder: Any = (
-        EmbeddingBagCollectionSharder(fused_params=params)
+        stock(fused_params=params)
         if directory is None
-        else TurboSSDEmbeddingBagCollectionSharder(ssd_directory=directory, fused_params=params, seed=SEED)
+        else ours(ssd_directory=directory, fused_params=params, seed=SEED)
     )
     plan = make_plan(model, sharder, world, sharding, slots, device)
     dmp = DistributedModelParallel(model, device=torch.device(device), plan=plan, sharders=[sharder])
@@ -147,7 +171,7 @@ def make_dmp(
     return dmp
 
 
-def initial(name: str, config: EmbeddingBagConfig) -> Tensor:
+def initial(name: str, config: Any) -> Tensor:
     """A whole table as its init rule gives it."""
     rule = InitRule(seed=SEED, low=config.get_weight_init_min(), high=config.get_weight_init_max())
     return initial_weights(rule, name, torch.arange(config.num_embeddings), cols=config.embedding_dim)
@@ -155,14 +179,15 @@ def initial(name: str, config: EmbeddingBagConfig) -> Tensor:
 
 def fill_initial(dmp: DistributedModelParallel, on_ssd: tuple[str, ...]) -> None:
     """Give every FUSED table the rows that an SSD-backed one starts from."""
-    configs = {c.name: c for c in dmp.module.ebc._embedding_bag_configs}
+    sparse = sparse_of(dmp)
+    configs = {c.name: c for c in getattr(sparse, "_embedding_bag_configs", None) or sparse._embedding_configs}
     for key, value in dmp.state_dict().items():
         name = key.split(".")[-2]
         if name in configs and name not in on_ssd:
             whole = initial(name, configs[name])
             for shard in value.local_shards():
-                row, count = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
-                shard.tensor.detach().copy_(whole[row : row + count])
+                (row, col), (rows, cols) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+                shard.tensor.detach().copy_(whole[row : row + rows, col : col + cols])
 
 
 def train(dmp: DistributedModelParallel, rank: int, steps: range, *, weighted: bool = False) -> list[Tensor]:

@@ -181,7 +181,7 @@ def _bad_updates(rank: int, world: int, directory: Path) -> None:
             ebc.streaming_update(*((ids, rows) if rank == 0 else good), "big")
     with pytest.MonkeyPatch.context() as patch:
         if rank == 0:
-            patch.setattr("torchrec_turbossd.sharding.embeddingbag.local_tables", _unreadable)
+            patch.setattr("torchrec_turbossd.sharding.module.local_tables", _unreadable)
         with pytest.raises(UnsupportedError if rank == 0 else InputError):
             ebc.streaming_update(*good, "big")
     # A batch is in flight outside the slots: no rank may change anything.

@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.modules.embedding_configs import PoolingType
 
 from tests.ranks import GPU_RANKS, run_ranks
-from tests.sharding.models import Model, local_rows, make_dmp, optimizer_rows, train
+from tests.sharding.models import Model, SequenceModel, local_rows, make_dmp, optimizer_rows, sparse_of, train
 
 STEPS = 50
+OPTIMIZERS = (EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+CUDA_OPTIMIZERS = (
+    *OPTIMIZERS,
+    EmbOptimType.ADAM,
+    EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    EmbOptimType.LAMB,
+    EmbOptimType.PARTIAL_ROWWISE_LAMB,
+)
 CACHES = {
     "barely the batch": {"big": 100, "wide": 50},
     "half": {"big": 300, "wide": 150},
@@ -21,22 +30,24 @@ CACHES = {
 }
 
 
-def _compare(rank: int, world: int, sharding: str, optimizer: EmbOptimType, directory: Path) -> dict[str, Any]:
-    reference = make_dmp(world, sharding, optimizer, None, None)
+def _compare(
+    rank: int, world: int, sharding: str, optimizer: EmbOptimType, directory: Path, made: type[Any]
+) -> dict[str, Any]:
+    reference = make_dmp(world, sharding, optimizer, None, None, made())
     wanted = train(reference, rank, range(STEPS))
     rows, state = local_rows(reference.state_dict()), optimizer_rows(reference)
     seen: dict[str, Any] = {}
     for label, slots in CACHES.items():
-        dmp = make_dmp(world, sharding, optimizer, directory / label.replace(" ", "-"), slots)
+        dmp = make_dmp(world, sharding, optimizer, directory / label.replace(" ", "-"), slots, made())
         got = train(dmp, rank, range(STEPS))
         if not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):
             raise AssertionError(f"{label}: predictions differ")
         _same(rows, local_rows(dmp.state_dict()), label)
         _same(state, optimizer_rows(dmp), label)
-        seen[label] = {name: reads.hit_rate for name, reads in dmp.module.ebc.read_stats().items()}
-        for kernel in dmp.module.ebc._kernels():
+        seen[label] = {name: reads.hit_rate for name, reads in sparse_of(dmp).read_stats().items()}
+        for kernel in sparse_of(dmp)._kernels():
             kernel.emb_module.rows.cache.check()
-        dmp.module.ebc.close()
+        sparse_of(dmp).close()
     return seen
 
 
@@ -49,22 +60,44 @@ def _same(wanted: dict[str, Any], got: dict[str, Any], label: str) -> None:
                 raise AssertionError(f"{label}: {key} at {offset} differs")
 
 
-@pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD])
-@pytest.mark.parametrize(
-    ("sharding", "world"), [("table_wise", 1), ("table_wise", 2), ("row_wise", 2), ("row_wise", 1)]
-)
-def test_same_numbers_as_fused(tmp_path: Path, sharding: str, world: int, optimizer: EmbOptimType) -> None:
-    by_rank = run_ranks(world, _compare, sharding, optimizer, tmp_path)
-    rates = [rate for seen in by_rank for rate in seen["barely the batch"].values()]
-    assert rates and all(0.0 < rate < 0.95 for rate in rates), "the small cache must have evicted"
+def _compare_all(rank: int, world: int, sharding: str, directory: Path, made: type[Any]) -> list[dict[str, float]]:
+    """With each optimizer: the hit rates of the smallest cache."""
+    optimizers = CUDA_OPTIMIZERS if dist.get_backend() == "nccl" else OPTIMIZERS
+    return [
+        _compare(rank, world, sharding, optimizer, directory / optimizer.name, made)["barely the batch"]
+        for optimizer in optimizers
+    ]
+
+
+def _check_small_cache(by_rank: list[list[dict[str, float]]]) -> None:
+    rates = [rate for by_optimizer in by_rank for seen in by_optimizer for rate in seen.values()]
+    assert rates and all(0.0 < rate < 0.97 for rate in rates), "the small cache must have evicted"
+
+
+@pytest.mark.parametrize("made", [Model, SequenceModel])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
+def test_same_numbers_as_fused(tmp_path: Path, sharding: str, world: int, made: type[Any]) -> None:
+    _check_small_cache(run_ranks(world, _compare_all, sharding, tmp_path, made))
+
+
+@pytest.mark.parametrize("sharding", ["table_row_wise", "table_column_wise", "grid_shard"])
+def test_same_numbers_as_fused_on_two_hosts(tmp_path: Path, sharding: str) -> None:
+    _check_small_cache(run_ranks(4, _compare_all, sharding, tmp_path, Model, local=2))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD])
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
-def test_same_numbers_as_fused_on_cuda(tmp_path: Path, sharding: str, optimizer: EmbOptimType) -> None:
-    by_rank = run_ranks(GPU_RANKS, _compare, sharding, optimizer, tmp_path, backend="nccl")
-    assert all(0.0 < rate < 0.95 for seen in by_rank for rate in seen["barely the batch"].values())
+@pytest.mark.parametrize("made", [Model, SequenceModel])
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
+def test_same_numbers_as_fused_on_cuda(tmp_path: Path, sharding: str, made: type[Any]) -> None:
+    _check_small_cache(run_ranks(GPU_RANKS, _compare_all, sharding, tmp_path, made, backend="nccl"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharding", ["table_row_wise", "table_column_wise", "grid_shard"])
+def test_other_sharding_types_on_cuda(tmp_path: Path, sharding: str) -> None:
+    # One host: GRID has a single column shard of both ranks' rows there.
+    _check_small_cache(run_ranks(GPU_RANKS, _compare_all, sharding, tmp_path, Model, backend="nccl"))
 
 
 def _compare_mean(rank: int, world: int, directory: Path) -> None:

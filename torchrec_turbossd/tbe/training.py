@@ -74,7 +74,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        check_training_tables(shards, slots, self.options.optimizer)
+        check_training_tables(shards, slots, self.options, self.device)
         if list(feature_table_map) != sorted(feature_table_map):
             # Stock CPU backward fails on a table whose features are not adjacent.
             raise ConfigError(f"feature_table_map must be ascending, got {list(feature_table_map)}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 
@@ -14,20 +15,37 @@ from torchrec_turbossd.errors import ConfigError, UnsupportedError
 from torchrec_turbossd.tables import MAX_SLOTS, TRAINING_TYPES, StateSpec, TableShard
 from torchrec_turbossd.tbe.layout import Bounds
 
+_FIRST, _FIRST_OF_ROW = (StateSpec(name="momentum1", per_row=per_row) for per_row in (False, True))
+_SECOND, _SECOND_OF_ROW = (StateSpec(name="exp_avg_sq", per_row=per_row) for per_row in (False, True))
+
 ROW_STATE: dict[EmbOptimType, tuple[StateSpec, ...]] = {
     EmbOptimType.EXACT_SGD: (),
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (StateSpec(name="momentum1", per_row=True),),
-    EmbOptimType.EXACT_ADAGRAD: (StateSpec(name="momentum1", per_row=False),),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (_FIRST_OF_ROW,),
+    EmbOptimType.EXACT_ADAGRAD: (_FIRST,),
+    EmbOptimType.ADAM: (_FIRST, _SECOND),
+    EmbOptimType.PARTIAL_ROWWISE_ADAM: (_FIRST, _SECOND_OF_ROW),
+    EmbOptimType.LAMB: (_FIRST, _SECOND),
+    EmbOptimType.PARTIAL_ROWWISE_LAMB: (_FIRST, _SECOND_OF_ROW),
+    EmbOptimType.LARS_SGD: (_FIRST,),
 }
-"""Optimizers whose whole state belongs to a row, and that state in FBGEMM's order."""
+"""Optimizers whose whole state belongs to a row, and that state in FBGEMM's order under TorchRec's names."""
+
+_ON_CPU = (EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD)
+_DECAYS = ("NONE", "L2", "DECOUPLE")
 
 
-def row_state(optimizer: EmbOptimType) -> tuple[StateSpec, ...]:
-    """Optimizer state that travels with a row; raises `UnsupportedError` for an optimizer not built here."""
-    if optimizer not in ROW_STATE:
+def row_state(optimizer: EmbOptimType, device: torch.device | None = None) -> tuple[StateSpec, ...]:
+    """Optimizer state that travels with a row; raises `UnsupportedError` for an optimizer that cannot train on SSD.
+
+    Args:
+        device: where it trains; FBGEMM has fewer optimizers on a CPU. None: anywhere.
+    """
+    known = _ON_CPU if device is not None and device.type == "cpu" else tuple(ROW_STATE)
+    if optimizer not in known:
+        where = f" on {device.type}" if device is not None and optimizer in ROW_STATE else ""
         raise UnsupportedError(
-            f"optimizer {getattr(optimizer, 'name', optimizer)} is not supported on SSD-backed tables; use one of "
-            f"{', '.join(o.name for o in ROW_STATE)}"
+            f"optimizer {getattr(optimizer, 'name', optimizer)} is not supported on SSD-backed tables{where}; use one "
+            f"of {', '.join(o.name for o in known)}"
         )
     return ROW_STATE[optimizer]
 
@@ -51,11 +69,20 @@ class TrainingOptions:
         return found if isinstance(found, EmbOptimType) else EmbOptimType(found)
 
 
-def check_training_tables(shards: Sequence[TableShard], slots: Sequence[int], optimizer: EmbOptimType) -> None:
-    """Raise `ConfigError` unless a training TBE can hold these shards in these slots."""
+def check_training_tables(
+    shards: Sequence[TableShard], slots: Sequence[int], options: TrainingOptions, device: torch.device
+) -> None:
+    """Raise `ConfigError` or `UnsupportedError` unless a training TBE can hold these shards in these slots."""
     if not shards:
         raise ConfigError("a training TBE needs at least one table, got none")
-    state, types = row_state(optimizer), {s.table.data_type for s in shards}
+    optimizer = options.optimizer
+    state, types = row_state(optimizer, device), {s.table.data_type for s in shards}
+    decay = options.tbe_args.get("weight_decay_mode")
+    if decay is not None and getattr(decay, "name", decay) not in _DECAYS:
+        raise UnsupportedError(
+            f"weight_decay_mode {getattr(decay, 'name', decay)} acts on whole tables, which SSD-backed ones never have "
+            f"in memory; use one of {', '.join(_DECAYS)}"
+        )
     if len(types) > 1 or not types <= set(TRAINING_TYPES):
         raise ConfigError(f"tables of one TBE train in one type, FP32 or FP16, got {', '.join(map(str, types))}")
     if len(slots) != len(shards):

@@ -1,0 +1,87 @@
+"""What sharders of modules with tables on SSD share: their options, and the kernels they offer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import ParameterSharding
+
+from torchrec_turbossd.cache import DEFAULT_POLICY
+from torchrec_turbossd.errors import ConfigError
+from torchrec_turbossd.planner.kernel import TURBO_SSD
+from torchrec_turbossd.sharding.kernel import KernelOptions
+from torchrec_turbossd.sharding.module import TurboSSDOptions
+from torchrec_turbossd.sharding.rank_store import StoreOptions
+
+KEY_VALUE = EmbeddingComputeKernel.KEY_VALUE.value
+"""TorchRec's name for tables on SSD, whose own kernel needs what public FBGEMM wheels lack."""
+
+
+class TurboSSDSharder:
+    """Comes before one of TorchRec's sharders.
+
+    Args:
+        ssd_directory: base directory of the live rows, on a local SSD. Each rank and module takes a sub-directory of
+            its own, which is emptied when it is opened: what is to be kept is saved as a snapshot. A table's
+            `KeyValueParams.ssd_storage_directory` comes before it; `@local_rank` in either becomes the local rank.
+        fused_params: as for TorchRec's sharder; `optimizer` is EXACT_SGD (also when none is given),
+            EXACT_ROWWISE_ADAGRAD or EXACT_ADAGRAD for tables on SSD, on CUDA also ADAM, PARTIAL_ROWWISE_ADAM, LAMB,
+            PARTIAL_ROWWISE_LAMB or LARS_SGD.
+        stock: keyword arguments of TorchRec's sharder.
+        load_factor: share of a shard's rows that get slots when the plan says nothing.
+        seed: of rows never written. policy: an eviction policy by name. read_threads: for each store.
+    """
+
+    _OURS: tuple[str, ...]
+    """How tables on SSD can be sharded."""
+
+    def __init__(
+        self,
+        ssd_directory: str | os.PathLike[str] | None = None,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: Any = None,
+        *,
+        load_factor: float = 0.2,
+        seed: int = 0,
+        policy: str = DEFAULT_POLICY,
+        read_threads: int = 2,
+        **stock: Any,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry, **stock
+        )
+        if not 0.0 < load_factor <= 1.0:
+            raise ConfigError(f"load_factor must be in (0, 1], got {load_factor}")
+        self._turbo_options = TurboSSDOptions(
+            store=StoreOptions(ssd_directory=ssd_directory, read_threads=read_threads),
+            kernel=KernelOptions(seed=seed, policy=policy),
+            load_factor=load_factor,
+        )
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """What tables on SSD can have, and what TorchRec offers on this device."""
+        stock: list[str] = super().sharding_types(compute_device_type)  # type: ignore[misc]
+        return list(dict.fromkeys([*self._OURS, *stock]))
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """TorchRec's resident kernels, and ours for the sharding types that it supports."""
+        stock: list[str] = super().compute_kernels(sharding_type, compute_device_type)  # type: ignore[misc]
+        # UVM kernels would park tables in host memory before the planner ever tried SSD.
+        resident = [kernel for kernel in stock if "uvm" not in kernel and not kernel.startswith("key_value")]
+        return [*resident, TURBO_SSD] if sharding_type in self._OURS else resident
+
+
+def on_turbo_ssd(params: dict[str, ParameterSharding]) -> dict[str, ParameterSharding]:
+    """A module's plan with our kernel where it says KEY_VALUE; the plan itself is not changed."""
+    return {
+        name: dataclasses.replace(sharding, compute_kernel=TURBO_SSD)
+        if sharding.compute_kernel == KEY_VALUE
+        else sharding
+        for name, sharding in params.items()
+    }
+
+
+__all__ = ["KEY_VALUE", "TurboSSDSharder", "on_turbo_ssd"]
