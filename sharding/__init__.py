@@ -11,8 +11,10 @@ from torchrec_turbossd.sharding.embeddingbag import (
 )
 from torchrec_turbossd.sharding.restore import load_snapshot
 from torchrec_turbossd.sharding.sharders import get_turbo_ssd_sharders
+from torchrec_turbossd.sharding.swap import SwappedTable, swap_to_turbo_ssd
 
 __all__ = [
+    "SwappedTable",
     "TurboSSDEmbeddingBagCollectionSharder",
     "TurboSSDEmbeddingCollectionSharder",
     "TurboSSDShardedEmbeddingBagCollection",
@@ -20,4 +22,5 @@ __all__ = [
     "get_turbo_ssd_sharders",
     "load_snapshot",
     "save_snapshot",
+    "swap_to_turbo_ssd",
 ]

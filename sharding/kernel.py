@@ -111,7 +111,9 @@ def group_optimizer(config: GroupedEmbeddingConfig) -> EmbOptimType:
 
 def _tbe_arguments(config: GroupedEmbeddingConfig) -> dict[str, Any]:
     given = config.fused_params or {}
-    unknown = sorted(set(given) - TBE_ARGUMENTS - _PLACEMENT)
+    # An option that is off asks for nothing.
+    on = {name for name, value in given.items() if value is not None and value is not False}
+    unknown = sorted(on - TBE_ARGUMENTS - _PLACEMENT)
     if unknown:
         raise UnsupportedError(
             f"fused_params {', '.join(unknown)} are not supported for SSD-backed tables "
