@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import bulk_load, latency, lookup, machine, mapped, policies, rocks_options, store_reads
+from benchmarks import bulk_load, latency, lookup, machine, mapped, policies, rocks_options, store_reads, training_step
 from benchmarks.context import Context
 from benchmarks.figures import Figure, SkipRow
 from benchmarks.report import Report
@@ -39,6 +39,7 @@ ROWS = {
     "latency": Row("Lookups under updates and snapshot swaps", latency.run),
     "swap-hits": Row("Hit rate after a snapshot swap", latency.run_swap_hits),
     "policies": Row("Hit rates of the eviction policies", policies.run),
+    "training-step": Row("Training steps against whole tables in memory", training_step.run),
     "mapped-file": Row("Slots against a memory-mapped file, in equal memory", mapped.run),
     "rocks-options": Row("RocksDB settings, one at a time", rocks_options.run, asked=True),
 }

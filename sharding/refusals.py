@@ -39,6 +39,11 @@ def check_module(
             )
         if getattr(config, "use_virtual_table", False):
             raise UnsupportedError(f"table {config.name!r}: virtual tables are not supported on SSD")
+        if getattr(config, "stash_weights", False):
+            raise UnsupportedError(
+                f"table {config.name!r}: stash_weights is not supported on SSD, where slots hold rows that are in use; "
+                "leave it off"
+            )
         if getattr(config, "enable_embedding_update", False):
             raise UnsupportedError(
                 f"table {config.name!r}: enable_embedding_update is not supported on SSD; leave it off and call "

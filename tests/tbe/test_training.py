@@ -23,7 +23,7 @@ from torchrec_turbossd.errors import (
 )
 from torchrec_turbossd.tables import weight_bytes
 from torchrec_turbossd.tbe.layout import Bounds
-from torchrec_turbossd.tbe.training import TurboSSDTableBatchedEmbeddingBags, row_state
+from torchrec_turbossd.tbe.training import ROW_STATE, TurboSSDTableBatchedEmbeddingBags, row_state
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -51,6 +51,16 @@ def test_trains_like_stock(device: str, optimizer: EmbOptimType, slots: tuple[in
         rows, found = pair.store.read(shard.key, ids)
         assert torch.equal(rows[found], pair.ours.read_rows(table, ids)[found])
         assert not pair.ours.rows.cache.dirty(table)[0].numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", sorted(set(ROW_STATE) - set(OPTIMIZERS), key=lambda o: o.name))
+@pytest.mark.parametrize("slots", [(5, 5), (45, 30), ROWS])
+def test_trains_like_stock_with_optimizers_of_cuda(optimizer: EmbOptimType, slots: tuple[int, int]) -> None:
+    pair = Pair("cuda:0", slots, optimizer, weight_decay=0.01)
+    for seed in range(30):
+        pair.step(seed)
+    pair.same()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +221,7 @@ def test_other_refusals(device: str) -> None:
     with pytest.raises(UnsupportedError, match="batch size"):
         pair.ours(ids, offsets, batch_size_per_feature_per_rank=[[1]])
     with pytest.raises(UnsupportedError, match="ADAM"):
-        row_state(EmbOptimType.ADAM)
+        row_state(EmbOptimType.ADAM, torch.device("cpu"))
     with pytest.raises(ConfigError, match="slots must be 1 to 500, got 0"):
         Pair(device, (0, 20))
     with pytest.raises(ConfigError, match="ascending"):

@@ -344,6 +344,14 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self._retire_orphans()
         self.rows.flush()
 
+    def reset_embedding_weight_momentum(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: managed collisions and in-training pruning reset rows, and then write them by row id."""
+        names = ", ".join(s.table.name for s in self.shards)
+        raise UnsupportedError(
+            f"rows of SSD-backed tables {names} cannot be reset by managed-collision eviction or in-training pruning; "
+            "keep these tables in memory (FUSED), or use a managed collision module that evicts nothing"
+        )
+
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the fused optimizer."""
         self.tbe.set_learning_rate(learning_rate)
