@@ -37,6 +37,24 @@ class Fetched:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """A batch whose absent rows are on their way.
+
+    found: [N], each lookup's slot before, 0 for absent. here: pinned slots of the rows that were there; None when all
+        were. chosen: for each table, slots for its absent rows; empty when there are none.
+    """
+
+    batch: Batch
+    found: Tensor
+    here: Tensor | None = None
+    chosen: tuple[Reservation, ...] = ()
+
+    def misses(self, tables: int) -> list[int]:
+        """Absent rows of each table."""
+        return [each.ids.numel() for each in self.chosen] or [0] * tables
+
+
+@dataclass(frozen=True, kw_only=True)
 class Distinct:
     """The distinct rows of a batch, outside the slots.
 
@@ -89,21 +107,69 @@ class CachedRows:
         Raises `CacheFullError` when they do not fit; the batch can then run on `take_out`.
         """
         with self.lock:
+            arrival = self.choose(batch)
+            try:
+                self.bring(arrival)
+            except BaseException:
+                self.abandon(arrival)
+                raise
+            return self.settle(arrival, pin=pin)
+
+    def choose(self, batch: Batch) -> Arrival:
+        """The first third of a `fetch`: which rows are absent, and which slots they will have.
+
+        Until `settle` or `abandon` nothing but `release` may come in between: a chosen slot is not marked as such.
+        Raises `CacheFullError` when the rows do not fit; then nothing has changed.
+        """
+        with self.lock:
             self._refuse_lent(batch.positions)
             found = self.cache.lookup(batch.positions)
-            misses, placed = [0] * len(self.shards), found
-            if found.numel() and not int(found.amin()):
-                misses = self._bring_in(batch, found)
+            if not found.numel() or int(found.amin()):
+                return Arrival(batch=batch, found=found)
+            here = self._concatenated(batch, found.to(torch.int64))[found > 0]
+            absent = self._by_table(torch.unique(batch.positions[found == 0]))
+            # The batch's own rows must not make room for each other.
+            self.cache.pin(here, 1)
+            try:
+                # All tables have room before the first of them changes.
+                chosen = tuple(self.cache.reserve(table, ids) for table, ids in enumerate(absent))
+            except BaseException:
+                self.cache.pin(here, -1)
+                raise
+        return Arrival(batch=batch, found=found, here=here, chosen=chosen)
+
+    def bring(self, arrival: Arrival) -> None:
+        """The second third, which may run in a thread of its own: read the rows and put them into their slots.
+
+        When it raises, some tables may have their rows already; the batch has to be `abandon`ed.
+        """
+        loaded = [self._load(each.table, each.ids) for each in arrival.chosen]
+        for reservation, rows in zip(arrival.chosen, loaded, strict=True):
+            if rows.shape[0]:
+                self._exchange(reservation, rows)
+
+    def settle(self, arrival: Arrival, *, pin: bool) -> Fetched:
+        """The last third: the slots of the whole batch, pinned or not."""
+        batch, placed = arrival.batch, arrival.found
+        with self.lock:
+            if arrival.chosen:
                 placed = self.cache.lookup(batch.positions)
             # A row that this batch brings in was not read before: policies tell apart what is read again.
             for run in batch.runs:
-                self.cache.touch(run.table, found[run.start : run.stop])
-            self.counters.add(batch.lookups(len(self.shards)), misses)
+                self.cache.touch(run.table, arrival.found[run.start : run.stop])
+            self.counters.add(batch.lookups(len(self.shards)), arrival.misses(len(self.shards)))
             slots = placed.to(torch.int64)
             at = self._concatenated(batch, slots) if pin else None
             if at is not None:
                 self.cache.pin(at, 1)
+            self.abandon(arrival)
         return Fetched(slots=slots, at=at)
+
+    def abandon(self, arrival: Arrival) -> None:
+        """Give up what `choose` held."""
+        if arrival.here is not None:
+            with self.lock:
+                self.cache.pin(arrival.here, -1)
 
     def _concatenated(self, batch: Batch, slots: Tensor) -> Tensor:
         at = slots.clone()
@@ -120,26 +186,6 @@ class CachedRows:
                 self.cache.mark_dirty(fetched.at)
             self.cache.pin(fetched.at, -1)
 
-    def _bring_in(self, batch: Batch, found: Tensor) -> list[int]:
-        """Admit a batch's absent rows; returns how many each table had."""
-        here = self._concatenated(batch, found.to(torch.int64))[found > 0]
-        absent = self._by_table(torch.unique(batch.positions[found == 0]))
-        # The batch's own rows must not make room for each other.
-        self.cache.pin(here, 1)
-        try:
-            for table, ids in enumerate(absent):
-                if ids.numel() > self.cache.slots[table]:
-                    raise CacheFullError(f"{ids.numel()} rows do not fit in {self.cache.slots[table]} slots")
-            loaded = [self._load(table, ids) for table, ids in enumerate(absent)]
-            # All tables have room before the first of them changes.
-            chosen = [self.cache.reserve(table, ids) for table, ids in enumerate(absent)]
-            for reservation, rows in zip(chosen, loaded, strict=True):
-                if rows.shape[0]:
-                    self._exchange(reservation, rows)
-        finally:
-            self.cache.pin(here, -1)
-        return [ids.numel() for ids in absent]
-
     def _by_table(self, positions: Tensor) -> list[Tensor]:
         """Ascending positions split into local ids of each table."""
         cuts = torch.searchsorted(positions, self.cache.bases).tolist()
@@ -153,7 +199,8 @@ class CachedRows:
             out = self.memory.read(table, reservation.evicted_slots[leaving])
             self.store.write(self._keyed(table, reservation.evicted_ids[leaving], out))
         self.memory.write(reservation.table, reservation.slots, rows)
-        self.cache.commit(reservation)
+        with self.lock:
+            self.cache.commit(reservation)
 
     def _keyed(self, table: int, ids: Tensor, rows: Tensor) -> dict[str, Rows]:
         shard = self.shards[table]
@@ -305,4 +352,4 @@ def stored_rows(store: ReadableStore, shard: TableShard, ids: Tensor) -> Tensor:
     return rows
 
 
-__all__ = ["CachedRows", "Distinct", "Fetched", "ReadableStore", "stored_rows"]
+__all__ = ["Arrival", "CachedRows", "Distinct", "Fetched", "ReadableStore", "stored_rows"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections import deque
@@ -16,28 +17,10 @@ from torch import Tensor, nn
 from torchrec_turbossd.errors import CacheFullError, ClosedError, ConfigError, InputError, UnsupportedError
 from torchrec_turbossd.store.contract import RowStore
 from torchrec_turbossd.tables import TableShard
-from torchrec_turbossd.tbe.cached_rows import CachedRows, Distinct, Fetched
-from torchrec_turbossd.tbe.layout import Batch
+from torchrec_turbossd.tbe.cached_rows import CachedRows
+from torchrec_turbossd.tbe.prefetching import Prefetcher, TrainingRun
 from torchrec_turbossd.tbe.slot_memory import TrainingMemory
 from torchrec_turbossd.tbe.training_options import ROW_STATE, TrainingOptions, check_training_tables, row_state
-
-
-class _Run:
-    """One batch in flight, from prefetch until its backward has ended or its graph is gone."""
-
-    def __init__(self, batch: Batch, fetched: Fetched | None) -> None:
-        self.batch, self.fetched = batch, fetched
-        self.distinct: Distinct | None = None
-        self.outside: TrainingMemory | None = None
-        self.ended = False
-
-
-_MOST_PREFETCHED = 8
-
-
-def _version(indices: Tensor) -> int:
-    """Rises when a tensor is written in place."""
-    return 0 if indices.is_inference() else indices._version
 
 
 class _Token:
@@ -90,8 +73,8 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             policy=self.options.policy,
             bounds=self.options.bounds,
         )
-        self._prefetched: deque[tuple[Tensor, int, _Run]] = deque()
-        self._orphans: deque[_Run] = deque()
+        self._prefetched = Prefetcher(self.rows, self.device, functools.partial(_end, self.rows))
+        self._orphans: deque[TrainingRun] = deque()
         self._stream: torch.cuda.Stream | None = None
         self._closed = False
         self._warned = False
@@ -121,16 +104,8 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         """
         self._check_open()
         self._order_streams()
-        batch = self.rows.layout.place(indices, offsets)
         self._retire_orphans()
-        try:
-            fetched = self.rows.fetch(batch, pin=True)
-        except CacheFullError:
-            return
-        self._prefetched.append((indices, _version(indices), _Run(batch, fetched)))
-        if len(self._prefetched) > _MOST_PREFETCHED:
-            # Nobody came for it; its pins would stay for ever.
-            self._end(self._prefetched.popleft()[-1], changed=False)
+        self._prefetched.start(indices, offsets)
 
     def forward(
         self,
@@ -150,7 +125,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         _check_weights(per_sample_weights, indices)
         self._order_streams()
         self._retire_orphans()
-        run = self._take_prefetched(indices)
+        run = self._prefetched.take(indices)
         if torch.is_grad_enabled():
             return self._forward(
                 run or self._start(indices, offsets, pin=True), offsets, per_sample_weights, feature_requires_grad
@@ -161,7 +136,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             return self._forward(run, offsets, per_sample_weights, feature_requires_grad)
 
     def _forward(
-        self, run: _Run, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
+        self, run: TrainingRun, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
     ) -> Tensor:
         try:
             if run.fetched is not None:
@@ -196,30 +171,17 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         out: Tensor = tbe(slots, offsets.to(torch.int64), per_sample_weights, feature_requires_grad)
         return out
 
-    def _take_prefetched(self, indices: Tensor) -> _Run | None:
-        """The prefetched run of these indices; runs prefetched before it were never used and end here."""
-        for place, (held, version, run) in enumerate(self._prefetched):
-            # Callers re-wrap the tensor, so memory decides; `held` keeps that memory from being used again.
-            same = held.data_ptr() == indices.data_ptr() and held.shape == indices.shape and held.dtype == indices.dtype
-            if same and _version(held) == version:
-                for _ in range(place):
-                    self._end(self._prefetched.popleft()[-1], changed=False)
-                self._prefetched.popleft()
-                if self._stream is not None and run.fetched is not None:
-                    # Made on the prefetch stream, and used on this one until backward ends.
-                    for made in (run.fetched.slots, run.fetched.at):
-                        if made is not None:
-                            made.record_stream(self._stream)
-                return run
-        return None
-
-    def _start(self, indices: Tensor, offsets: Tensor, *, pin: bool) -> _Run:
+    def _start(self, indices: Tensor, offsets: Tensor, *, pin: bool) -> TrainingRun:
         batch = self.rows.layout.place(indices, offsets)
         try:
-            return _Run(batch, self.rows.fetch(batch, pin=pin))
+            return TrainingRun(batch, self.rows.fetch(batch, pin=pin))
         except CacheFullError as full:
+            if len(self._prefetched):
+                # Batches that wait for their forward must not stand in the way of one that is here.
+                self._prefetched.end_all()
+                return self._start(indices, offsets, pin=pin)
             self._warn_outside(full)
-            return _Run(batch, None)
+            return TrainingRun(batch, None)
 
     def _warn_outside(self, full: CacheFullError) -> None:
         if not self._warned:
@@ -233,7 +195,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             )
 
     def _run_outside(
-        self, run: _Run, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
+        self, run: TrainingRun, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
     ) -> Tensor:
         """Run a batch on a TBE of just its distinct rows, in one piece: two chunks would give other numbers."""
         lend = torch.is_grad_enabled()
@@ -262,7 +224,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                 getattr(target, name).data.copy_(value)
         target.optimizer_args = source.optimizer_args
 
-    def _follow(self, out: Tensor, run: _Run) -> None:
+    def _follow(self, out: Tensor, run: TrainingRun) -> None:
         """End the run when its backward has updated the rows, or when its graph dies without one."""
         node = out.grad_fn
         if node is None:
@@ -288,15 +250,8 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         node.register_prehook(before)
         node.register_hook(after)
 
-    def _end(self, run: _Run, *, changed: bool) -> None:
-        if run.ended:
-            return
-        run.ended = True
-        if run.fetched is not None:
-            self.rows.release(run.fetched, dirty=changed)
-        elif run.distinct is not None:
-            self.rows.give_back(run.distinct, run.outside if changed else None)
-        run.outside = None
+    def _end(self, run: TrainingRun, *, changed: bool) -> None:
+        _end(self.rows, run, changed=changed)
 
     def _retire_orphans(self) -> None:
         # Finalisers only queue: they may run anywhere, also inside the cache's lock.
@@ -307,29 +262,31 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         if self._closed:
             raise ClosedError("this embedding module is closed; build a new one")
 
-    def read_rows(self, table: int, ids: Tensor) -> Tensor:
-        """Current bytes (weights, then state) of local `ids` [N]: [N, row_bytes] uint8 on the CPU."""
+    def _settle(self) -> None:
+        """Come to where rows can be read and written: none on their way, and none held by a graph that is gone."""
         self._check_open()
         self._order_streams()
+        self._prefetched.settle()
+        self._retire_orphans()
+
+    def read_rows(self, table: int, ids: Tensor) -> Tensor:
+        """Current bytes (weights, then state) of local `ids` [N]: [N, row_bytes] uint8 on the CPU."""
+        self._settle()
         return self.rows.read_rows(table, ids)
 
     def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
         """Overwrite local `ids` [N], distinct, with `rows` [N, row_bytes] uint8."""
-        self._check_open()
-        self._order_streams()
-        self._retire_orphans()
+        self._settle()
         self.rows.write_rows(table, ids, rows)
 
     def check_writable(self) -> None:
         """Raise `CacheFullError` when a batch in flight outside the slots will overwrite rows."""
-        self._check_open()
-        self._retire_orphans()
+        self._settle()
         self.rows.check_writable()
 
     def check_idle(self) -> None:
         """Raise `CacheFullError` when a batch is in flight."""
-        self._check_open()
-        self._retire_orphans()
+        self._settle()
         self.rows.check_idle()
 
     def forget(self) -> None:
@@ -339,9 +296,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
 
     def flush(self) -> None:
         """Write rows that training changed to the store and make it durable."""
-        self._check_open()
-        self._order_streams()
-        self._retire_orphans()
+        self._settle()
         self.rows.flush()
 
     def reset_embedding_weight_momentum(self, *args: Any, **kwargs: Any) -> None:
@@ -361,9 +316,19 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
 
     def close(self) -> None:
         """End every batch in flight; rows that were not flushed are lost. The store stays open."""
-        while self._prefetched:
-            self._end(self._prefetched.popleft()[-1], changed=False)
+        self._prefetched.close()
         self._closed = True
+
+
+def _end(rows: CachedRows, run: TrainingRun, *, changed: bool = False) -> None:
+    if run.ended:
+        return
+    run.ended = True
+    if run.fetched is not None:
+        rows.release(run.fetched, dirty=changed)
+    elif run.distinct is not None:
+        rows.give_back(run.distinct, run.outside if changed else None)
+    run.outside = None
 
 
 def _check_weights(weights: Tensor | None, indices: Tensor) -> None:
