@@ -15,12 +15,27 @@ import torch
 from torch import Tensor
 
 import torchrec_turbossd.store
-from torchrec_turbossd.store import LayeredRowStore, MemoryRowStore, RocksRowStore, RowStore, WriteBackStore
+from torchrec_turbossd.store import (
+    KnownRowsStore,
+    LayeredRowStore,
+    MemoryRowStore,
+    RocksRowStore,
+    RowStore,
+    WriteBackStore,
+)
 from torchrec_turbossd.store.directory import FORMAT_FILE
 from torchrec_turbossd.store.layered_writer import LayeredWriter
 
 SIZES = {"users": 12, "items@0+4": 7}
-KINDS = ("memory", "rocks", "rocks without log", "write-back over memory", "write-back over rocks", "layered")
+KINDS = (
+    "memory",
+    "rocks",
+    "rocks without log",
+    "write-back over memory",
+    "write-back over rocks",
+    "known rows",
+    "layered",
+)
 TABLE_ROWS = 1000
 """Rows of each table of a layered store; ids beyond are written too."""
 BASE_SALT = 77
@@ -54,6 +69,8 @@ class Maker:
             store = layered(self.root / name, sizes)
         else:
             store = RocksRowStore(self.root / name, sizes, wal="without log" not in self.kind)
+        if self.kind == "known rows":
+            store = KnownRowsStore(store, dict.fromkeys(sizes, TABLE_ROWS), empty=True)
         if self.kind.startswith("write-back"):
             store = WriteBackStore(store, max_pending_bytes=1 << 20)
         self.made.append(store)

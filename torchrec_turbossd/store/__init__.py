@@ -3,6 +3,7 @@
 from torchrec_turbossd.store.checkpoint import clone_directory
 from torchrec_turbossd.store.contract import Rows, RowStore
 from torchrec_turbossd.store.flat import FlatTable, FlatWriter
+from torchrec_turbossd.store.known_rows import KnownRowsStore
 from torchrec_turbossd.store.layered import Committed, LayeredRowStore
 from torchrec_turbossd.store.memory import MemoryRowStore
 from torchrec_turbossd.store.rocks import RocksRowStore, remove_store
@@ -13,6 +14,7 @@ __all__ = [
     "Committed",
     "FlatTable",
     "FlatWriter",
+    "KnownRowsStore",
     "LayeredRowStore",
     "MemoryRowStore",
     "RocksOptions",

@@ -19,15 +19,14 @@ from torchrec_turbossd.errors import CorruptError
 from torchrec_turbossd.store.directory import sync_directory
 from torchrec_turbossd.store.faults import os_errors
 from torchrec_turbossd.store.linking import written_ranges
+from torchrec_turbossd.store.row_bits import RowBits
 
 PAGE_BYTES = 4096
 _BODY = PAGE_BYTES - 4
 
 
-class UpdateBits:
-    """The bits of one table. Any number of threads may ask while one at a time sets.
-
-    Memory: an eighth of a byte for each row, of which the system gives what is touched.
+class UpdateBits(RowBits):
+    """The bits of one table, kept in a file.
 
     Args:
         path: the file; without one no bit is set.
@@ -39,12 +38,11 @@ class UpdateBits:
     """
 
     def __init__(self, path: Path, rows: int) -> None:
-        self.path, self.rows = path, rows
         pages = -(-rows // (8 * _BODY))
-        self._bits = np.zeros(pages * _BODY, dtype=np.uint8)
+        super().__init__(rows, pages * _BODY)
+        self.path = path
         self._used, self._dirty = np.zeros((2, pages), dtype=np.bool_)
         self._saving = threading.Lock()
-        self._any = False
         if path.exists():
             with os_errors(path):
                 self._load()
@@ -65,30 +63,12 @@ class UpdateBits:
                 self._bits[page * _BODY : (page + 1) * _BODY] = body if is_whole else 255
                 self._used[page] = self._any = True
 
-    def may_hold(self, ids: Tensor) -> np.ndarray | None:
-        """Which of `ids` [N] int64 may have been updated, [N] bool; None when none of them."""
-        wanted = ids.numpy()
-        beyond = wanted >= self.rows
-        if not self._any:
-            return beyond if beyond.any() else None
-        inside = np.where(beyond, 0, wanted)
-        bits = self._bits[inside >> 3] >> (inside & 7).astype(np.uint8)
-        held: np.ndarray = (bits & 1).astype(np.bool_) | beyond
-        return held if held.any() else None
-
-    def set(self, ids: Tensor) -> None:
-        """Set the bits of `ids` [N] int64."""
-        distinct = np.unique(ids.numpy())
-        distinct = distinct[distinct < self.rows]
-        if not distinct.size:
-            return
-        places = distinct >> 3
-        starts = np.flatnonzero(np.diff(places, prepend=-1))
-        values = np.left_shift(1, distinct & 7).astype(np.uint8)
-        places, new = places[starts], np.bitwise_or.reduceat(values, starts)
-        self._bits[places] |= new
-        self._used[places // _BODY] = self._any = True
+    def set(self, ids: Tensor) -> np.ndarray:
+        """Set the bits of `ids` [N] int64; returns the distinct bytes that hold them."""
+        places = super().set(ids)
+        self._used[places // _BODY] = True
         self._dirty[places // _BODY] = True
+        return places
 
     def save(self) -> None:
         """Make every bit that is set durable. Raises `StoreError`, after which a later call tries again."""

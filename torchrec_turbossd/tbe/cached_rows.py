@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -22,6 +23,8 @@ from torchrec_turbossd.tbe.layout import Batch, Bounds, Layout
 from torchrec_turbossd.tbe.slot_memory import SlotMemory
 
 _FLUSH_ROWS = 65536
+_LOADERS = 4
+"""Tables whose rows are read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,7 @@ class CachedRows:
         self.counters = ReadCounters(names)
         self.lock = threading.RLock()
         self._lent: list[Tensor] = []
+        self._loaders: ThreadPoolExecutor | None = None
 
     def fetch(self, batch: Batch, *, pin: bool) -> Fetched:
         """Bring all rows of a batch into slots; with `pin` they stay until `release`, else while `lock` is held.
@@ -143,10 +147,9 @@ class CachedRows:
 
         When it raises, some tables may have their rows already; the batch has to be `abandon`ed.
         """
-        loaded = [self._load(each.table, each.ids) for each in arrival.chosen]
-        for reservation, rows in zip(arrival.chosen, loaded, strict=True):
-            if rows.shape[0]:
-                self._exchange(reservation, rows)
+        wanted = [each for each in arrival.chosen if each.ids.numel()]
+        for reservation, rows in zip(wanted, self._load_all(wanted), strict=True):
+            self._exchange(reservation, rows)
 
     def settle(self, arrival: Arrival, *, pin: bool) -> Fetched:
         """The last third: the slots of the whole batch, pinned or not."""
@@ -205,6 +208,18 @@ class CachedRows:
     def _keyed(self, table: int, ids: Tensor, rows: Tensor) -> dict[str, Rows]:
         shard = self.shards[table]
         return {shard.key: (ids.cpu() + shard.row_offset, rows)}
+
+    def _load_all(self, wanted: Sequence[Reservation]) -> list[Tensor]:
+        """Bytes of the absent rows of several tables, read side by side."""
+        asked = [(self.shards[each.table], each.ids.cpu()) for each in wanted]
+        if len(asked) == 1:
+            return [stored_rows(self.store, *asked[0])]
+        if self._loaders is None:
+            self._loaders = ThreadPoolExecutor(min(len(self.shards), _LOADERS), thread_name_prefix="turbossd-load")
+        tasks = [self._loaders.submit(stored_rows, self.store, shard, ids) for shard, ids in asked]
+        # All of them end before any failure is told, so that closing finds no read in flight.
+        wait(tasks)
+        return [task.result() for task in tasks]
 
     def _load(self, table: int, ids: Tensor) -> Tensor:
         """Bytes of absent rows."""
