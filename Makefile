@@ -5,6 +5,8 @@ VENV ?= .venv
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MATRIX ?= 1.6.1 1.7.0 1.8.0 1.9.2
+MATRIX_TESTS ?= tests/planner tests/sharding
 
 # cpu or cuda: what the machine has.
 ifndef FLAVOUR
@@ -26,13 +28,14 @@ OURS := $(VENV)/.made-by-make
 only-ours = if [ -e '$(VENV)' ] && [ ! -e '$(OURS)' ]; then \
   echo 'error: $(VENV) was not made by this Makefile; move it away, or use another: make VENV=.venv-make' >&2; exit 1; fi
 
-.PHONY: help setup demo bench test lint types clean check-python
+.PHONY: help setup demo bench test matrix lint types clean check-python
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    run the demo                           (DEMO_ARGS="...")'
 	@echo 'make test    lint, types and tests                  (PYTEST_ARGS="-m \"not slow\" -k store")'
 	@echo 'make bench   measure it against named peers         (BENCH_ARGS="--quick --only lookup")'
+	@echo 'make matrix  planner and sharding tests on other TorchRecs (MATRIX="1.6.1 1.9.2")'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy'
 	@echo 'make setup   only the environment, in $(VENV)'
@@ -83,7 +86,15 @@ types: setup
 test: lint types
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Each over the torch and FBGEMM of the environment, as far as they go together.
+matrix: setup
+	@set -e; for version in $(MATRIX); do \
+	  echo "TorchRec $$version"; \
+	  test -d .matrix/$$version || $(PIP) --quiet --no-deps --target .matrix/$$version torchrec==$$version; \
+	  PYTHONPATH=$(CURDIR)/.matrix/$$version $(BIN)/python -m pytest -q $(MATRIX_TESTS) $(PYTEST_ARGS); \
+	done
+
 clean:
 	@$(only-ours)
-	rm -rf $(VENV) build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
