@@ -31,7 +31,7 @@ WITHIN_A_LAYER = {
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 
 PLACES = {
-    "rocksdict": ("store.rocks",),
+    "rocksdict": ("store.rocks", "store.rocks_settings"),
     "torchrec.distributed": ("planner", "sharding"),
 }
 """Foreign module -> the only parts or modules that import it."""

@@ -19,6 +19,7 @@ from torchrec_turbossd.store import (
     KnownRowsStore,
     LayeredRowStore,
     MemoryRowStore,
+    RocksOptions,
     RocksRowStore,
     RowStore,
     WriteBackStore,
@@ -68,7 +69,8 @@ class Maker:
         elif self.kind == "layered":
             store = layered(self.root / name, sizes)
         else:
-            store = RocksRowStore(self.root / name, sizes, wal="without log" not in self.kind)
+            options = RocksOptions(hash_write_buffers=self.kind == "hashed rocks")
+            store = RocksRowStore(self.root / name, sizes, wal="without log" not in self.kind, options=options)
         if self.kind == "known rows":
             store = KnownRowsStore(store, dict.fromkeys(sizes, TABLE_ROWS), empty=True)
         if self.kind.startswith("write-back"):

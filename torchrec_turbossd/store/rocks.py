@@ -1,7 +1,7 @@
 """A row store in RocksDB: one database, one column family for each table, global row ids as big-endian keys.
 
-The only module that imports rocksdict, which keeps Python's global lock while it writes: so rows go in by slices, and
-a write waits outside RocksDB while RocksDB has no room for it.
+Only here and in `rocks_settings` is rocksdict imported, which keeps Python's global lock while it writes: so rows go in
+by slices, and a write waits outside RocksDB while RocksDB has no room for it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torchrec_turbossd.store.faults import full_error, os_errors, read_only_erro
 from torchrec_turbossd.store.gate import Gate
 from torchrec_turbossd.store.rocks_options import RocksOptions
 from torchrec_turbossd.store.rocks_scan import KEY_TYPE, SLICE, ScanCursor, as_rows
+from torchrec_turbossd.store.rocks_settings import scan_options, table_settings
 
 _OWN_FILES = (
     *("CURRENT", "IDENTITY", "LOCK", "LOG*", "MANIFEST-*", "OPTIONS-*", "*.sst", "*.log", "*.dbtmp"),
@@ -123,14 +124,15 @@ class RocksRowStore(RowStore):
             self._pool = ThreadPoolExecutor(read_threads, thread_name_prefix="turbossd-read")
 
     def _open(self) -> None:
-        settings = _settings(self._options)
+        settings = table_settings(self._options, self.row_bytes)
         access = rocksdict.AccessType.read_only(False) if self.read_only else rocksdict.AccessType.read_write()
         with rocks_errors(self.path):
             there = _families_in(self.path)
             if self.read_only and not there:
                 raise StoreError(f"the row store at {self.path} was never finished; open it for writing first")
             names = dict.fromkeys([*there, *self.row_bytes])
-            self._db = rocksdict.Rdict(str(self.path), settings, dict.fromkeys(names, settings), access)
+            families = {name: settings.get(name, settings[None]) for name in names}
+            self._db = rocksdict.Rdict(str(self.path), settings[None], families, access)
             for table, width in self.row_bytes.items():
                 rows = self._db.get_column_family(table)
                 self._families[table] = _Family(rows, self._db.get_column_family_handle(table), width)
@@ -246,7 +248,7 @@ class RocksRowStore(RowStore):
             self.check_scan(table, start, window)
             family = self._family(table)
             with rocks_errors(self.path):
-                cursor = ScanCursor(family.rows, family.width, start)
+                cursor = ScanCursor(family.rows, family.width, start, scan_options())
             self._cursors.add(cursor)
         return self._windows(cursor, window)
 
@@ -314,38 +316,6 @@ class RocksRowStore(RowStore):
                 # A log that failed before fails again here; what was acknowledged is on disk, the rest was raised.
                 if type(error) is not Exception:
                     raise
-
-
-def _settings(options: RocksOptions) -> rocksdict.Options:
-    block = rocksdict.BlockBasedOptions()
-    block.set_block_cache(rocksdict.Cache(options.block_cache_bytes))
-    block.set_block_size(options.block_bytes)
-    block.set_bloom_filter(options.bloom_bits, False)
-    block.set_cache_index_and_filter_blocks(options.cache_index_and_filters)
-    block.set_pin_l0_filter_and_index_blocks_in_cache(options.cache_index_and_filters)
-    # Finds a row within its block by one probe instead of a search; the ratio is RocksDB's own default.
-    block.set_data_block_index_type(rocksdict.DataBlockIndexType.binary_and_hash())
-    block.set_data_block_hash_ratio(0.75)
-    block.set_checksum_type(rocksdict.ChecksumType.xxh3())
-    db = rocksdict.Options(raw_mode=True)
-    db.set_block_based_table_factory(block)
-    # Rows of floats hardly shrink.
-    db.set_compression_type(rocksdict.DBCompressionType.none())
-    db.create_if_missing(True)
-    db.create_missing_column_families(True)
-    db.set_write_buffer_size(options.write_buffer_bytes)
-    db.set_max_write_buffer_number(options.max_write_buffers)
-    db.set_db_write_buffer_size(options.total_write_buffer_bytes)
-    db.set_max_total_wal_size(options.max_wal_bytes)
-    db.set_max_background_jobs(options.background_jobs)
-    db.set_max_open_files(options.max_open_files)
-    db.set_use_direct_reads(options.direct_reads)
-    if options.rate_limit_bytes_per_s:
-        db.set_ratelimiter(options.rate_limit_bytes_per_s, 100_000, 10)
-    # RocksDB's diary would otherwise grow without end.
-    db.set_max_log_file_size(4 << 20)
-    db.set_keep_log_file_num(4)
-    return db
 
 
 def _families_in(path: Path) -> list[str]:

@@ -37,11 +37,12 @@ class ScanCursor:
         family: rocksdict's view of a column family.
         width: bytes of one row.
         start: first id.
+        options: rocksdict's, of the iterator.
     """
 
-    def __init__(self, family: Any, width: int, start: int) -> None:
-        self._family = family
-        self._items: Any = family.items(from_key=start.to_bytes(8, "big"))
+    def __init__(self, family: Any, width: int, start: int, options: Any) -> None:
+        self._family, self._options = family, options
+        self._items: Any = family.items(from_key=start.to_bytes(8, "big"), read_opt=options)
         self._width = width
         self._following = start
 
@@ -69,7 +70,7 @@ class ScanCursor:
 
     def _raise_if_damaged(self) -> None:
         # rocksdict's items end without a word at a damaged block; only an iterator at that place tells.
-        probe = self._family.iter()
+        probe = self._family.iter(self._options)
         probe.seek(self._following.to_bytes(8, "big"))
         probe.status()
 
