@@ -41,11 +41,6 @@ class LocalTable:
             return self.owner.read_rows(self.place, ids)
         return self.owner.read(self.place, ids)
 
-    def check_idle(self) -> None:
-        """Raise `CacheFullError` when a batch in flight outside the slots will overwrite rows."""
-        if isinstance(self.owner, TurboSSDTableBatchedEmbeddingBags):
-            self.owner.check_writable()
-
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """Overwrite distinct local `ids` [N] with `rows` [N, row_bytes] uint8."""
         if isinstance(self.owner, TurboSSDTableBatchedEmbeddingBags):

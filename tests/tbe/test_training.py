@@ -23,7 +23,11 @@ from torchrec_turbossd.errors import (
 )
 from torchrec_turbossd.tables import weight_bytes
 from torchrec_turbossd.tbe.layout import Bounds
+from torchrec_turbossd.tbe.slot_memory import TrainingMemory
 from torchrec_turbossd.tbe.training import ROW_STATE, TurboSSDTableBatchedEmbeddingBags, row_state
+
+DIM_BYTES = 8 * 4 + 4
+"""Of a row of the first table: weights, and row-wise state."""
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -146,24 +150,32 @@ def test_two_forwards_then_two_backwards(device: str) -> None:
     pair.same()
 
 
-def test_a_batch_outside_the_slots_never_mixes_with_one_in_flight(device: str) -> None:
-    pair = Pair(device, (60, 40))
-    before = pair.ours.read_rows(0, torch.arange(ROWS[0]))
-    out = pair.ours(*pair.batch(1))
-    large = torch.arange(90, device=device), pair.tensor(0, 90, 90, 90)
-    with pytest.raises(CacheFullError, match="backward first"):
-        pair.ours(*large)
-    assert torch.equal(before, pair.ours.read_rows(0, torch.arange(ROWS[0])))
-    out.sum().backward()
-    outside = pair.ours(*large)
-    with pytest.raises(CacheFullError, match="earlier batch"):
-        pair.ours(*pair.batch(1))
-    with torch.no_grad():
-        assert torch.equal(pair.ours(*large), outside)
-    with pytest.raises(CacheFullError, match="will overwrite"):
-        pair.ours.write_rows(0, torch.tensor([3]), pair.ours.read_rows(0, torch.tensor([3])))
-    outside.sum().backward()
-    pair.ours(*pair.batch(1))
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
+@pytest.mark.parametrize("slots", [(5, 5), (60, 40), (110, 80)])
+def test_batches_in_flight_share_rows_in_slots_and_outside(
+    device: str, slots: tuple[int, int], order: tuple[int, ...]
+) -> None:
+    pair = Pair(device, slots)
+    large = torch.arange(90, device=device), pair.tensor(0, 90, 90, 90).long()
+    batches = [pair.batch(1, size=1), large, pair.batch(1, size=1)]
+    for module in (pair.ours, pair.stock):
+        outs = [module(*batch) for batch in batches]
+        if module is pair.ours:
+            pair.ours.prefetch(*pair.batch(1))
+        row, new = torch.tensor([3]), torch.full((1, DIM_BYTES), 7, dtype=torch.uint8)
+        if module is pair.ours:
+            pair.ours.write_rows(0, row, new)
+        else:
+            TrainingMemory(pair.stock).write(0, row, new)
+        for number in order:
+            (outs[number] * torch.arange(outs[number].shape[1], device=device)).sum().backward()
+    assert torch.equal(pair.ours(*pair.batch(1)), pair.stock(*pair.batch(1)))
+    with pytest.raises(CacheFullError, match="in flight"):
+        pair.ours(*large).sum()
+        held = pair.ours(*large)
+        pair.ours.check_idle()
+    del held
+    pair.same()
 
 
 def test_counts_are_exact(device: str) -> None:
@@ -312,12 +324,11 @@ def test_a_forward_that_fails_holds_no_rows(device: str, monkeypatch: pytest.Mon
 def test_a_dropped_batch_outside_the_slots_is_no_obstacle(device: str) -> None:
     pair = Pair(device, (5, 5))
     out = pair.ours(*pair.batch(1))
-    ids, rows = torch.tensor([3]), pair.ours.read_rows(0, torch.tensor([3]))
-    with pytest.raises(CacheFullError, match="will overwrite"):
-        pair.ours.write_rows(0, ids, rows)
+    with pytest.raises(CacheFullError, match="1 more run outside"):
+        pair.ours.forget()
     del out
     gc.collect()
-    pair.ours.write_rows(0, ids, rows)
+    pair.ours.forget()
 
 
 def test_batches_nobody_comes_for_let_their_rows_go(device: str) -> None:

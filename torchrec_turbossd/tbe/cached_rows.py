@@ -61,14 +61,14 @@ class Arrival:
 class Distinct:
     """The distinct rows of a batch, outside the slots.
 
-    positions: [M] int64 ascending. ids: for each table, its distinct local ids. rows: for each table, their bytes
-    [M_t, row_bytes] on the CPU. slots: [N] int64, each lookup's place among its table's ids, counted from 1.
+    ids: for each table, its distinct local ids. rows: for each table, their bytes [M_t, row_bytes] on the CPU. slots:
+    [N] int64, each lookup's place among its table's ids, counted from 1. changes: how often rows had changed by then.
     """
 
-    positions: Tensor
     ids: list[Tensor]
     rows: list[Tensor]
     slots: Tensor
+    changes: int = 0
 
 
 class CachedRows:
@@ -102,7 +102,10 @@ class CachedRows:
         self.layout = Layout(names, [s.rows for s in shards], feature_table, self.cache.bases, bounds)
         self.counters = ReadCounters(names)
         self.lock = threading.RLock()
-        self._lent: list[Tensor] = []
+        self.outside = 0
+        """Batches in flight that run outside the slots; the caller's to count."""
+        self._changes = 0
+        """Rises whenever a row changes."""
         self._loaders: ThreadPoolExecutor | None = None
 
     def fetch(self, batch: Batch, *, pin: bool) -> Fetched:
@@ -126,7 +129,6 @@ class CachedRows:
         Raises `CacheFullError` when the rows do not fit; then nothing has changed.
         """
         with self.lock:
-            self._refuse_lent(batch.positions)
             found = self.cache.lookup(batch.positions)
             if not found.numel() or int(found.amin()):
                 return Arrival(batch=batch, found=found)
@@ -186,6 +188,7 @@ class CachedRows:
             if fetched.at is None:
                 return
             if dirty:
+                self._changes += 1
                 self.cache.mark_dirty(fetched.at)
             self.cache.pin(fetched.at, -1)
 
@@ -237,23 +240,11 @@ class CachedRows:
             rows[~resident] = self._load(table, ids[~here])
         return rows
 
-    def check_writable(self) -> None:
-        """Raise `CacheFullError` when a batch that runs outside the slots will overwrite rows."""
-        with self.lock:
-            if self._lent:
-                raise CacheFullError(
-                    "rows are in use by an earlier batch that did not fit in the slots, which will overwrite them; run "
-                    "that batch's backward, or drop its output, first"
-                )
-
     def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
-        """Set the bytes of distinct local `ids` [N]: in their slots where they are there, else in the store.
-
-        Raises `CacheFullError` while a batch that runs outside the slots may overwrite them.
-        """
+        """Set the bytes of distinct local `ids` [N]: in their slots where they are there, else in the store."""
         with self.lock:
+            self._changes += 1
             ids = ids.to(self.cache.device)
-            self.check_writable()
             slots = self.cache.slots_of(table, ids)
             here = slots > 0
             resident = here.cpu()
@@ -262,14 +253,9 @@ class CachedRows:
             self.memory.write(table, slots[here], rows[resident])
             self.cache.mark_dirty(slots[here] + self.cache.slot_base_of[table])
 
-    def take_out(self, batch: Batch, *, lend: bool) -> Distinct:
-        """The distinct rows of a batch, for a run outside the slots; with `lend` they are gone until `give_back`.
-
-        Raises `CacheFullError` when another batch in flight holds one of the rows to lend.
-        """
+    def take_out(self, batch: Batch) -> Distinct:
+        """Copies of the distinct rows of a batch, for a run outside the slots."""
         with self.lock:
-            if lend:
-                self._refuse_lent(batch.positions)
             positions, places = torch.unique(batch.positions, return_inverse=True)
             ids = self._by_table(positions)
             starts = [0, *accumulate(each.numel() for each in ids)]
@@ -278,24 +264,24 @@ class CachedRows:
                 slots[run.start : run.stop] -= starts[run.table]
             absent = [int((self.cache.slots_of(t, each) == 0).sum()) for t, each in enumerate(ids)]
             rows = [self.read_rows(table, each) for table, each in enumerate(ids)]
-            if lend:
-                self._lend(positions, ids)
             self.counters.add(batch.lookups(len(self.shards)), absent)
-        return Distinct(positions=positions, ids=ids, rows=rows, slots=slots)
+            return Distinct(ids=ids, rows=rows, slots=slots, changes=self._changes)
 
-    def _lend(self, positions: Tensor, ids: list[Tensor]) -> None:
-        present = [each[self.cache.slots_of(t, each) > 0] for t, each in enumerate(ids)]
-        for table, each in enumerate(present):
-            if bool(self.cache.pinned(table, self.cache.slots_of(table, each)).any()):
-                raise CacheFullError(
-                    f"table {self.shards[table].table.name!r}: a batch that does not fit in {self.cache.slots[table]} "
-                    "slots needs rows that another batch in flight holds; run that batch's backward first, or plan "
-                    "more slots"
-                )
-        for table, each in enumerate(present):
-            self._write_back(table, each)
-            self.cache.drop(table, each)
-        self._lent.append(positions)
+    def refresh(self, distinct: Distinct, memory: SlotMemory) -> None:
+        """Bring the copies in `memory` up to date, where rows have changed since `take_out`."""
+        with self.lock:
+            if distinct.changes == self._changes:
+                return
+            for table, ids in enumerate(distinct.ids):
+                places = torch.arange(1, ids.numel() + 1, device=self.cache.device)
+                memory.write(table, places, self.read_rows(table, ids))
+
+    def put_back(self, distinct: Distinct, memory: SlotMemory) -> None:
+        """The rows are what the copies in `memory` have become, which were up to date before."""
+        with self.lock:
+            for table, ids in enumerate(distinct.ids):
+                places = torch.arange(1, ids.numel() + 1, device=self.cache.device)
+                self.write_rows(table, ids, memory.read(table, places))
 
     def _write_back(self, table: int, ids: Tensor) -> None:
         """Write the dirty ones of present rows to the store."""
@@ -306,34 +292,21 @@ class CachedRows:
                 self.store.write(self._keyed(table, part[dirty], self.memory.read(table, slots[dirty])))
                 self.cache.clean(table, slots)
 
-    def give_back(self, distinct: Distinct, memory: SlotMemory | None) -> None:
-        """End a loan; with `memory` its slots hold the changed rows, which go to the store."""
-        with self.lock:
-            if memory is not None:
-                for table, ids in enumerate(distinct.ids):
-                    places = torch.arange(1, ids.numel() + 1, device=self.cache.device)
-                    self.store.write(self._keyed(table, ids, memory.read(table, places)))
-            self._lent = [p for p in self._lent if p is not distinct.positions]
-
-    def _refuse_lent(self, wanted: Tensor) -> None:
-        for positions in self._lent:
-            if bool(torch.isin(wanted, positions).any()):
-                raise CacheFullError(
-                    "rows that are asked for are in use by an earlier batch that did not fit in the slots; run that "
-                    "batch's backward (or drop its output) first, or plan more slots"
-                )
-
     def check_idle(self) -> None:
         """Raise `CacheFullError` when a batch in flight holds rows."""
         with self.lock:
-            held = self.cache.pinned_slots + sum(p.numel() for p in self._lent)
-        if held:
-            raise CacheFullError(f"a batch in flight holds {held} rows; run its backward, or drop its output, first")
+            held = self.cache.pinned_slots
+        if held or self.outside:
+            raise CacheFullError(
+                f"batches in flight hold {held} slots, and {self.outside} more run outside them; run their backward, "
+                "or drop their output, first"
+            )
 
     def forget(self) -> None:
         """Empty every slot; what was not written back is lost."""
         with self.lock:
             self.check_idle()
+            self._changes += 1
             for table in range(len(self.shards)):
                 self.cache.drop(table, self.cache.resident(table)[0])
 

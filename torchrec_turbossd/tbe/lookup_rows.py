@@ -269,7 +269,7 @@ class LookupRows:
                 if run.table == table:
                     slots[run.start : run.stop] -= start
             start += each.numel()
-        return Distinct(positions=positions, ids=ids, rows=rows, slots=slots)
+        return Distinct(ids=ids, rows=rows, slots=slots)
 
     def read_rows(self, table: int, ids: Tensor) -> Tensor:
         """Current bytes of local `ids` [N] of a table, wherever they are: [N, row_bytes] uint8 on the CPU."""

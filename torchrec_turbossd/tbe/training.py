@@ -198,21 +198,17 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self, run: TrainingRun, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
     ) -> Tensor:
         """Run a batch on a TBE of just its distinct rows, in one piece: two chunks would give other numbers."""
-        lend = torch.is_grad_enabled()
-        distinct = self.rows.take_out(run.batch, lend=lend)
-        try:
-            tbe = self._stock([max(1, each.numel()) for each in distinct.ids])
-            memory = TrainingMemory(tbe)
-            for table, rows in enumerate(distinct.rows):
-                places = torch.arange(1, rows.shape[0] + 1, device=self.device)
-                memory.write(table, places, rows)
-            self._copy_progress(self.tbe, tbe)
-            out = self._call(tbe, distinct.slots, offsets, per_sample_weights, feature_requires_grad)
-        except BaseException:
-            self.rows.give_back(distinct, None)
-            raise
+        distinct = self.rows.take_out(run.batch)
+        tbe = self._stock([max(1, each.numel()) for each in distinct.ids])
+        memory = TrainingMemory(tbe)
+        for table, rows in enumerate(distinct.rows):
+            places = torch.arange(1, rows.shape[0] + 1, device=self.device)
+            memory.write(table, places, rows)
+        self._copy_progress(self.tbe, tbe)
+        out = self._call(tbe, distinct.slots, offsets, per_sample_weights, feature_requires_grad)
         self._copy_progress(tbe, self.tbe)
         run.distinct, run.outside = distinct, memory
+        self.rows.outside += 1
         return out
 
     @staticmethod
@@ -240,6 +236,11 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                     "backward ran a second time through an SSD-backed lookup, whose rows may have left their slots; "
                     "run forward again instead of retaining the graph"
                 )
+            if run.distinct is not None and run.outside is not None:
+                # Other batches may have trained the rows since; the update comes on top, as it does in one table.
+                self._order_streams()
+                self._prefetched.settle()
+                self.rows.refresh(run.distinct, run.outside)
 
         def after(grad_inputs: Any, grad_outputs: Any, token: _Token = token) -> None:
             orphaned.detach()
@@ -278,11 +279,6 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         """Overwrite local `ids` [N], distinct, with `rows` [N, row_bytes] uint8."""
         self._settle()
         self.rows.write_rows(table, ids, rows)
-
-    def check_writable(self) -> None:
-        """Raise `CacheFullError` when a batch in flight outside the slots will overwrite rows."""
-        self._settle()
-        self.rows.check_writable()
 
     def check_idle(self) -> None:
         """Raise `CacheFullError` when a batch is in flight."""
@@ -326,8 +322,10 @@ def _end(rows: CachedRows, run: TrainingRun, *, changed: bool = False) -> None:
     run.ended = True
     if run.fetched is not None:
         rows.release(run.fetched, dirty=changed)
-    elif run.distinct is not None:
-        rows.give_back(run.distinct, run.outside if changed else None)
+    elif run.distinct is not None and run.outside is not None:
+        rows.outside -= 1
+        if changed:
+            rows.put_back(run.distinct, run.outside)
     run.outside = None
 
 
