@@ -11,6 +11,7 @@ from torchrec_turbossd.sharding.embeddingbag import (
 )
 from torchrec_turbossd.sharding.restore import load_snapshot
 from torchrec_turbossd.sharding.sharders import get_turbo_ssd_sharders
+from torchrec_turbossd.sharding.staging import TurboSSDStager
 from torchrec_turbossd.sharding.swap import SwappedTable, swap_to_turbo_ssd
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TurboSSDEmbeddingCollectionSharder",
     "TurboSSDShardedEmbeddingBagCollection",
     "TurboSSDShardedEmbeddingCollection",
+    "TurboSSDStager",
     "get_turbo_ssd_sharders",
     "load_snapshot",
     "save_snapshot",

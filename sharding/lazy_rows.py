@@ -2,175 +2,213 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, TensorProperties
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torch.utils._pytree import tree_map_only
 
-from torchrec_turbossd.tables import TRAINING_TYPES, weight_bytes
-from torchrec_turbossd.tbe.training import TurboSSDTableBatchedEmbeddingBags
+from torchrec_turbossd.errors import InputError
+from torchrec_turbossd.sharding.row_columns import RowColumns
+from torchrec_turbossd.sharding.windows import check_memory, window_rows, windows
 
 _aten = torch.ops.aten
-WINDOW_ROWS = 65536
-
-
-class RowColumns:
-    """One part of the rows of a shard: the weights (part 0) or an optimizer state tensor (part 1 and on)."""
-
-    def __init__(self, tbe: TurboSSDTableBatchedEmbeddingBags, table: int, part: int = 0) -> None:
-        shard = tbe.shards[table]
-        widths = [weight_bytes(shard.cols, shard.table.data_type)]
-        widths += [state.row_bytes(shard.cols) for state in shard.table.state]
-        self.tbe, self.table = tbe, table
-        self.start, self.stop = sum(widths[:part]), sum(widths[: part + 1])
-        self.dtype = TRAINING_TYPES[shard.table.data_type] if part == 0 else torch.float32
-        flat = part > 0 and shard.table.state[part - 1].per_row
-        self.row_shape: tuple[int, ...] = () if flat else (shard.cols,)
-        self.rows = shard.rows
-
-    def read(self, first: int, count: int) -> Tensor:
-        """Rows [first, first + count) as a plain tensor on the CPU."""
-        rows = self.tbe.read_rows(self.table, torch.arange(first, first + count))
-        return rows[:, self.start : self.stop].contiguous().view(self.dtype).view(count, *self.row_shape)
-
-    def write(self, first: int, values: Tensor) -> None:
-        """Overwrite rows from `first` on with `values` [N, ...]; the row's other parts are kept."""
-        for at in range(0, values.shape[0], WINDOW_ROWS):
-            part = values[at : at + WINDOW_ROWS]
-            plain = part.materialise() if isinstance(part, LazyRows) else part.detach().cpu()
-            ids = torch.arange(first + at, first + at + plain.shape[0])
-            rows = self.tbe.read_rows(self.table, ids)
-            body = plain.to(self.dtype).reshape(plain.shape[0], -1).contiguous()
-            rows[:, self.start : self.stop] = body.view(torch.uint8)
-            self.tbe.write_rows(self.table, ids, rows)
 
 
 class LazyRows(Tensor):
-    """Rows [first, first + count) of `RowColumns`, on the CPU.
+    """Rows `rows` and columns `cols` (ranges; default: all) of `columns`, on the CPU.
 
-    Slicing rows, `detach` and `copy_` into it stay lazy; any other operator reads the rows it is given. A window that
-    is read does not follow later training.
+    Slices along rows or columns, `detach` and `copy_` into it or out of it stay lazy; rows picked by index are read
+    alone; operators in place go window by window; any other operator reads all that it is given. What is read does
+    not follow later training. Reading more than the memory that is free raises `BudgetError`.
     """
 
     _columns: RowColumns
-    _first: int
+    _rows: range
+    _cols: range
 
     @staticmethod
-    def __new__(cls, columns: RowColumns, first: int = 0, count: int | None = None) -> LazyRows:
-        count = columns.rows - first if count is None else count
+    def __new__(cls, columns: RowColumns, rows: range | None = None, cols: range | None = None) -> LazyRows:
+        rows = range(columns.rows) if rows is None else rows
+        cols = range(*columns.row_shape or (1,)) if cols is None else cols
         made: LazyRows = torch.Tensor._make_wrapper_subclass(
-            cls, [count, *columns.row_shape], dtype=columns.dtype, device=torch.device("cpu"), requires_grad=False
+            cls,
+            [len(rows), len(cols)] if columns.row_shape else [len(rows)],
+            dtype=columns.dtype,
+            device=torch.device("cpu"),
+            requires_grad=False,
         )
-        made._columns, made._first = columns, first
+        made._columns, made._rows, made._cols = columns, rows, cols
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        name = self._columns.tbe.shards[self._columns.table].table.name
-        return f"LazyRows({name!r}, rows {self._first} to {self._first + self.shape[0] - 1}, {tuple(self.shape)})"
+        return f"LazyRows({self._what()}, {tuple(self.shape)})"
 
-    def __deepcopy__(self, memo: Any) -> Tensor:
+    def _what(self) -> str:
+        return f"rows {self._rows.start} to {self._rows.stop - 1} of the shard's {self._columns.name}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         # A copy must keep what the rows are now.
-        return self.materialise()
+        return memo.setdefault(id(self), self.materialise())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialise().__reduce_ex__(protocol)
 
     def materialise(self) -> Tensor:
-        """The rows as a plain tensor; the whole window is in memory then."""
-        return self._columns.read(self._first, self.shape[0])
+        """The rows as a plain tensor, all of them in memory; raises `BudgetError` when they do not fit."""
+        check_memory(self.numel() * self.element_size(), self._what())
+        return self._columns.read(self._rows, self._cols)
 
     def same_rows(self, other: Any) -> bool:
-        """Whether `other` is a window on the very same rows."""
-        if not isinstance(other, LazyRows) or self.shape != other.shape or self._first != other._first:
+        """Whether `other` is the very same rows and columns."""
+        if not isinstance(other, LazyRows) or (self._rows, self._cols) != (other._rows, other._cols):
             return False
         mine, theirs = self._columns, other._columns
-        return (mine.tbe, mine.table, mine.start) == (theirs.tbe, theirs.table, theirs.start)
+        return mine.source == theirs.source and mine.part == theirs.part
 
-    def _window(self, first: int, stop: int) -> LazyRows:
-        return LazyRows(self._columns, self._first + first, max(0, stop - first))
+    @property
+    def window_rows(self) -> int:
+        """Rows in one window."""
+        return window_rows(self.element_size() * len(self._cols))
+
+    def window(self, first: int, count: int) -> LazyRows:
+        """`count` of its rows from `first` on, lazily."""
+        return LazyRows(self._columns, self._rows[first : first + count], self._cols)
+
+    def _pick(self, index: Tensor) -> Tensor:
+        """The rows at places `index` [N], each read alone."""
+        count = len(self._rows)
+        places = torch.where(index < 0, index + count, index).cpu().to(torch.int64)
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
+            raise IndexError(f"index out of range for {count} rows")
+        distinct, back = torch.unique(places, return_inverse=True)
+        return self._columns.read(distinct + self._rows.start, self._cols)[back]
+
+    def _write(self, values: Callable[[int, int], Tensor]) -> None:
+        self._columns.write(self._rows.start, self._cols, values, len(self._rows))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        target = args[0] if args else None
-        if isinstance(target, LazyRows):
-            if func is _aten.copy_.default:
-                source = args[1]
-                if not target.same_rows(source):
-                    target._columns.write(target._first, source.expand(target.shape))
-                return target
-            if func in (_aten.detach.default, _aten.alias.default):
-                return target._window(0, target.shape[0])
-            if func is _aten.slice.Tensor and _is_row_slice(args):
-                first, stop, _ = slice(args[2], args[3]).indices(target.shape[0]) if len(args) > 3 else (0, 0, 0)
-                return target._window(first, stop)
-            if func is _aten.view.default and _keeps_shape(target, args[1]):
-                return target._window(0, target.shape[0])
-            if func is _aten.is_pinned.default:
-                return False
-            if func._schema.is_mutable:
-                return _in_windows(func, target, args, kwargs)
+        handler = _HANDLERS.get(func)
+        made = handler(*args, **kwargs) if handler is not None else NotImplemented
+        if made is not NotImplemented:
+            return made
+        written = func._schema.arguments[0].alias_info if func._schema.arguments else None
+        if args and isinstance(args[0], LazyRows) and written is not None and written.is_write:
+            return _in_windows(func, args[0], args, kwargs)
         plain = tree_map_only(LazyRows, LazyRows.materialise, (args, kwargs))
         return func(*plain[0], **plain[1])
 
 
-def _is_row_slice(args: Sequence[Any]) -> bool:
-    along_rows = len(args) < 2 or args[1] == 0
-    return along_rows and len(args) > 3 and (len(args) < 5 or args[4] == 1)
-
-
-def _keeps_shape(rows: LazyRows, shape: Sequence[int]) -> bool:
-    wanted = list(shape)
-    return wanted == list(rows.shape) or (rows.dim() == 2 and wanted == [-1, rows.shape[1]])
-
-
-def _in_windows(func: Any, target: LazyRows, args: Any, kwargs: Any) -> LazyRows:
-    """An in-place operator that works row by row (zero_, uniform_, fill_, ...), a window at a time."""
-    plain_args, plain_kwargs = tree_map_only(LazyRows, LazyRows.materialise, (args[1:], kwargs))
-    for first in range(0, target.shape[0], WINDOW_ROWS):
-        window = target._window(first, min(first + WINDOW_ROWS, target.shape[0]))
-        values = window.materialise()
-        func(values, *plain_args, **plain_kwargs)
-        window._columns.write(window._first, values)
+def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
+    if isinstance(target, LazyRows):
+        if target.same_rows(source):
+            return target
+        if source.shape != target.shape:
+            source = (source.materialise() if isinstance(source, LazyRows) else source).expand(target.shape)
+        target._write(lambda first, count: _plain(source, first, count))
+    elif source.shape != target.shape:
+        return NotImplemented
+    else:
+        for first, count in windows(source.shape[0], source.window_rows):
+            target[first : first + count].copy_(_plain(source, first, count), non_blocking)
     return target
 
 
-def sharded_rows(
-    local: Sequence[tuple[ShardMetadata, Tensor]],
-    shards: Sequence[ShardMetadata],
-    size: Sequence[int],
-    dtype: torch.dtype,
-    group: ProcessGroup | None,
-) -> ShardedTensor:
-    """A ShardedTensor over lazy rows.
-
-    Args:
-        local: this rank's (metadata, rows).
-        shards: metadata of all shards; placements are taken to the CPU, where the rows are.
-        size: of the whole tensor.
-    """
-    everywhere = [_on_cpu(shard) for shard in shards]
-    held = [Shard(rows, next(m for m in everywhere if m.shard_offsets == mine.shard_offsets)) for mine, rows in local]
-    metadata = EnumerableShardingSpec(everywhere).build_metadata(torch.Size(size), TensorProperties(dtype=dtype))
-    return ShardedTensor._init_from_local_shards_and_global_metadata(held, metadata, process_group=group)
+def _plain(values: Tensor, first: int, count: int) -> Tensor:
+    """Some rows of a tensor, lazy or not, in memory."""
+    return values.window(first, count).materialise() if isinstance(values, LazyRows) else values[first : first + count]
 
 
-def _on_cpu(shard: ShardMetadata) -> ShardMetadata:
-    copied = copy.deepcopy(shard)
-    if copied.placement is not None:
-        copied.placement._device = torch.device("cpu")
-    return copied
+def _same(rows: LazyRows) -> LazyRows:
+    return rows.window(0, len(rows._rows))
 
 
-__all__ = ["WINDOW_ROWS", "LazyRows", "RowColumns", "sharded_rows"]
+def _slice(rows: LazyRows, dim: int = 0, first: int | None = None, stop: int | None = None, step: int = 1) -> Any:
+    if step != 1:
+        return NotImplemented
+    if dim % rows.dim() == 0:
+        return LazyRows(rows._columns, rows._rows[first:stop], rows._cols)
+    return LazyRows(rows._columns, rows._rows, rows._cols[first:stop])
+
+
+def _select(rows: LazyRows, dim: int, index: int) -> Any:
+    return rows._pick(torch.tensor([index]))[0] if dim % rows.dim() == 0 else NotImplemented
+
+
+def _index(rows: Any, indices: Sequence[Tensor | None]) -> Any:
+    whole = len(indices) == 1 and indices[0] is not None and not isinstance(indices[0], LazyRows)
+    if not whole or not isinstance(rows, LazyRows) or indices[0].dtype not in (torch.int32, torch.int64):  # type: ignore[union-attr]
+        return NotImplemented
+    index: Tensor = indices[0]  # type: ignore[assignment]
+    return rows._pick(index.flatten()).view(*index.shape, *rows.shape[1:])
+
+
+def _index_select(rows: Any, dim: int, index: Tensor) -> Any:
+    lazy = isinstance(rows, LazyRows) and dim % rows.dim() == 0 and not isinstance(index, LazyRows)
+    return rows._pick(index) if lazy else NotImplemented
+
+
+def _view(rows: LazyRows, shape: Sequence[int]) -> Any:
+    wanted = list(shape)
+    keeps = wanted == list(rows.shape) or wanted == [-1, *rows.shape[1:]]
+    return _same(rows) if keeps else NotImplemented
+
+
+def _clone(rows: LazyRows, *, memory_format: Any = None) -> Tensor:
+    return rows.materialise()
+
+
+def _is_pinned(rows: LazyRows, device: Any = None) -> bool:
+    return False
+
+
+def _resize(rows: LazyRows, size: Sequence[int], *, memory_format: Any = None) -> LazyRows:
+    if list(size) != list(rows.shape):
+        raise InputError(f"{rows._what()} cannot change shape from {tuple(rows.shape)} to {tuple(size)}")
+    return rows
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    _aten.copy_.default: _copy,
+    _aten.detach.default: _same,
+    _aten.alias.default: _same,
+    _aten.slice.Tensor: _slice,
+    _aten.select.int: _select,
+    _aten.index.Tensor: _index,
+    _aten.index_select.default: _index_select,
+    _aten.view.default: _view,
+    _aten.clone.default: _clone,
+    _aten.is_pinned.default: _is_pinned,
+    _aten.resize_.default: _resize,
+}
+"""Operators that do not read every row, called with the operator's own arguments; `NotImplemented` reads them all."""
+
+
+def _in_windows(func: Any, target: LazyRows, args: Any, kwargs: Any) -> LazyRows:
+    """An in-place operator that works row by row (zero_, uniform_, mul_, ...), a window at a time."""
+
+    def values(first: int, count: int) -> Tensor:
+        def part(value: Tensor) -> Tensor:
+            by_row = value.dim() == target.dim() and value.shape[0] == target.shape[0]
+            if by_row:
+                return _plain(value, first, count)
+            return value.materialise() if isinstance(value, LazyRows) else value
+
+        made = _plain(target, first, count)
+        rest, named = tree_map_only(Tensor, part, (args[1:], kwargs))
+        func(made, *rest, **named)
+        return made
+
+    target._write(values)
+    return target
+
+
+__all__ = ["LazyRows"]

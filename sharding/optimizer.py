@@ -12,7 +12,9 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.optim.fused import FusedOptimizer
 
-from torchrec_turbossd.sharding.lazy_rows import LazyRows, RowColumns, sharded_rows
+from torchrec_turbossd.sharding.lazy_rows import LazyRows
+from torchrec_turbossd.sharding.lazy_sharded import sharded_rows
+from torchrec_turbossd.sharding.row_columns import LiveRows, RowColumns
 from torchrec_turbossd.tbe.training import TurboSSDTableBatchedEmbeddingBags
 
 
@@ -69,38 +71,40 @@ def _metadata(places: _Places) -> tuple[list[ShardMetadata], Sequence[int]]:
 
 def _weight(tbe: TurboSSDTableBatchedEmbeddingBags, places: _Places, group: ProcessGroup | None) -> ShardedTensor:
     shards, size = _metadata(places)
-    local = [(table.local_metadata, LazyRows(RowColumns(tbe, i))) for i, table in places]
-    return sharded_rows(local, shards, size, RowColumns(tbe, places[0][0]).dtype, group)
+    local = [(table.local_metadata, LazyRows(RowColumns(LiveRows(tbe, i)))) for i, table in places]
+    return sharded_rows(local, shards, size, local[0][1].dtype, group)
 
 
 def _state(
     tbe: TurboSSDTableBatchedEmbeddingBags, places: _Places, part: int, group: ProcessGroup | None
 ) -> ShardedTensor:
     shards, size = _metadata(places)
-    columns = {i: RowColumns(tbe, i, part) for i, _ in places}
-    if next(iter(columns.values())).row_shape:
-        local = [(table.local_metadata, LazyRows(columns[i])) for i, table in places]
-        return sharded_rows(local, shards, size, columns[places[0][0]].dtype, group)
+    rows = [(table.local_metadata, LazyRows(RowColumns(LiveRows(tbe, i), part))) for i, table in places]
+    dtype = rows[0][1].dtype
+    if rows[0][1].dim() > 1:
+        return sharded_rows(rows, shards, size, dtype, group)
     # A row-wise state is one number a row; column shards lie one after the other, as TorchRec lays them out.
     flat, total = _row_state_layout(shards, int(size[1]))
-    local = [(flat[_offset(table.local_metadata)], LazyRows(columns[i])) for i, table in places]
-    return sharded_rows(local, list(flat.values()), [total], columns[places[0][0]].dtype, group)
+    local = [(flat[_key(metadata)], held) for metadata, held in rows]
+    return sharded_rows(local, list(flat.values()), [total], dtype, group)
 
 
-def _offset(shard: ShardMetadata) -> tuple[int, ...]:
-    return tuple(shard.shard_offsets)
+def _key(shard: ShardMetadata) -> tuple[Any, ...]:
+    # Shards without rows share their offset, so that the rank belongs to it.
+    placement: Any = shard.placement
+    return (*shard.shard_offsets, placement.rank())
 
 
-def _row_state_layout(shards: Sequence[ShardMetadata], dim: int) -> tuple[Mapping[tuple[int, ...], ShardMetadata], int]:
+def _row_state_layout(shards: Sequence[ShardMetadata], dim: int) -> tuple[Mapping[tuple[Any, ...], ShardMetadata], int]:
     """1-D metadata of a row-wise state for each weight shard, and the total length."""
     by_column = any(s.shard_sizes[1] != dim for s in shards)
-    ordered = sorted(shards, key=lambda s: (s.shard_offsets[1], s.shard_offsets[0])) if by_column else list(shards)
-    layout: dict[tuple[int, ...], ShardMetadata] = {}
+    ordered = sorted(shards, key=lambda s: s.shard_offsets[1]) if by_column else list(shards)
+    layout: dict[tuple[Any, ...], ShardMetadata] = {}
     at = 0
     for shard in ordered:
         first = at if by_column else shard.shard_offsets[0]
         rows = shard.shard_sizes[0]
-        layout[_offset(shard)] = ShardMetadata(shard_offsets=[first], shard_sizes=[rows], placement=shard.placement)
+        layout[_key(shard)] = ShardMetadata(shard_offsets=[first], shard_sizes=[rows], placement=shard.placement)
         at += rows
     return layout, at
 

@@ -26,6 +26,8 @@ from torchrec_turbossd.tables import (
 )
 
 _MASK32 = 0xFFFFFFFF
+_BLOCK = 32768
+"""Numbers computed at once on a CPU: few enough to stay in its cache, and for PyTorch not to wake a team of threads."""
 
 
 def table_key(seed: int, name: str) -> int:
@@ -62,6 +64,14 @@ def initial_weights(
     if rule.is_zero:
         return torch.zeros(row_ids.numel(), cols, dtype=dtype, device=device)
     ids = row_ids.to(device=device, dtype=torch.int64)
+    if device.type != "cpu" or ids.numel() * cols <= _BLOCK:
+        return _hashed(rule, name, ids, col_offset, cols)
+    blocks = ids.split(max(1, _BLOCK // cols))
+    return torch.cat([_hashed(rule, name, block, col_offset, cols) for block in blocks])
+
+
+def _hashed(rule: InitRule, name: str, ids: Tensor, col_offset: int, cols: int) -> Tensor:
+    device, dtype = ids.device, TRAINING_TYPES[rule.data_type]
     # The two halves of the id are mixed in turn, so that ids 2**32 apart differ.
     row = _mix((ids & _MASK32) ^ table_key(rule.seed, name))
     row = _mix(row ^ ((ids >> 32) & _MASK32) ^ 0x9E3779B9)
