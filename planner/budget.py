@@ -10,6 +10,7 @@ from torchrec.distributed.planner.types import Shard, ShardingOption, Storage
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.demand import Demand
 from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, fast_memory
+from torchrec_turbossd.planner.perf import miss_bytes
 from torchrec_turbossd.planner.storage import add_slots, set_slots
 from torchrec_turbossd.sizing.budget import BudgetItem, split_budget
 from torchrec_turbossd.sizing.memory import slot_bytes
@@ -27,7 +28,7 @@ def share_leftover(
     demand: Demand,
     access: Access,
 ) -> list[ShardingOption]:
-    """Give every rank's unused fast memory to the shards on SSD there, where it saves the most misses.
+    """Give every rank's unused fast memory to the shards on SSD there, where it saves the most bytes read.
 
     No shard loses a slot, shards whose size the user fixed gain none, and no rank exceeds what is available.
 
@@ -35,7 +36,7 @@ def share_leftover(
         plan: chosen options with ranks; their storage and cache parameters are updated.
         available: memory of each rank that tables may take.
         compute_device: says which memory is fast.
-        demand: lookups, which weigh the misses.
+        demand: lookups, which weigh the misses, as do the bytes that each reads.
         access: hit-rate curves.
     """
     fast = fast_memory(compute_device)
@@ -68,10 +69,11 @@ def _items(plan: list[ShardingOption], rank: int, demand: Demand, access: Access
 
 
 def _item(option: ShardingOption, number: int, shard: Shard, demand: Demand, access: Access) -> BudgetItem:
+    row_bytes = option.cache_params.row_bytes[number]
     return BudgetItem(
-        bytes_per_slot=slot_bytes(option.cache_params.row_bytes[number]),
+        bytes_per_slot=slot_bytes(row_bytes),
         curve=access.curve(option, shard),
-        weight=demand.lookups(option, shard),
+        weight=demand.lookups(option, shard) * miss_bytes(row_bytes),
         floor_slots=option.cache_params.slots[number],
         max_slots=min(int(shard.size[0]), MAX_SLOTS),
     )

@@ -17,7 +17,7 @@ from torchrec_turbossd.errors import ConfigError, UnsupportedError
 from torchrec_turbossd.tables import MAX_SLOTS, StateSpec
 
 ROW_SHARD_SLACK = 1.25
-"""How many more of a batch's ids than its even share a row-wise shard must be ready for."""
+"""How many more of a batch's ids than its even share a shard of some of the rows must be ready for."""
 
 _FIRST, _SECOND = StateSpec(name="momentum1", per_row=False), StateSpec(name="exp_avg_sq", per_row=False)
 _FIRST_OF_ROW, _SECOND_OF_ROW = StateSpec(name="momentum1", per_row=True), StateSpec(name="exp_avg_sq", per_row=True)
@@ -73,6 +73,9 @@ def row_bytes(tensor: Tensor, cols: int, fused_params: Mapping[str, Any] | None)
 class Demand:
     """How many lookups reach a shard.
 
+    A shard of some of the rows, on all ranks or on those of one host, answers its share of the table's lookups; one
+    of some of the columns answers all of them, each with a part of the row.
+
     Attributes:
         world_size: ranks, each of which brings its own batch.
         batches_in_flight: batches whose rows must be in slots at once: 2 when the next one is prefetched.
@@ -85,17 +88,18 @@ class Demand:
 
     def lookups(self, option: ShardingOption, shard: Shard) -> float:
         """Lookups of one global batch that this shard is expected to answer."""
-        return self._table_lookups(option) * _row_share(option, shard)
+        return self.table_lookups(option) * _row_share(option, shard)
 
     def floor(self, option: ShardingOption, shard: Shard) -> int:
         """The least slots with which no batch in flight overflows: as many as it may have distinct ids, at most the
-        shard's rows. A row-wise shard is ready for 25 % more than its even share."""
+        shard's rows. A shard of some of the rows is ready for 25 % more than its even share."""
         rows, share = int(shard.size[0]), _row_share(option, shard)
         slack = ROW_SHARD_SLACK if share < 1 else 1.0
-        ids = self._table_lookups(option) * min(1.0, share * slack)
+        ids = self.table_lookups(option) * min(1.0, share * slack)
         return min(rows, MAX_SLOTS, max(1, math.ceil(ids * self.batches_in_flight)))
 
-    def _table_lookups(self, option: ShardingOption) -> float:
+    def table_lookups(self, option: ShardingOption) -> float:
+        """Lookups of one global batch that the option's table is expected to get."""
         pooling = option.input_lengths
         given = self.constraints.get(option.name)
         batches = given.batch_sizes if given and given.batch_sizes else [option.batch_size] * len(pooling)
@@ -121,6 +125,8 @@ def check_constraints(constraints: Mapping[str, ParameterConstraints]) -> None:
                     f"table {table!r}: pooling factors, num_poolings and batch sizes must be finite and not negative, "
                     f"got {values}"
                 )
+        if given.min_partition is not None and given.min_partition < 1:
+            raise ConfigError(f"table {table!r}: min_partition must be a positive int, got {given.min_partition}")
         check_load_factor(table, given.cache_params.load_factor if given.cache_params is not None else None)
 
 

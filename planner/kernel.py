@@ -8,13 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.types import CacheParams, ParameterSharding
+from torchrec.distributed.types import CacheParams, ModuleSharder, ParameterSharding
 
 from torchrec_turbossd.errors import ConfigError, UnsupportedError
 
 TURBO_SSD: str = EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value
 """Name for `ParameterConstraints(compute_kernels=[...])` and `ParameterSharding.compute_kernel`."""
+
+KEY_VALUE: str = EmbeddingComputeKernel.KEY_VALUE.value
+"""TorchRec's own name for tables on SSD, understood as `TURBO_SSD`."""
 
 PLAN_VERSION = 1
 HBM_DEVICES = ("cuda", "mtia")
@@ -90,9 +94,15 @@ def slots_of(sharding: ParameterSharding) -> tuple[int, ...] | None:
     return params.slots
 
 
+def offered_on_ssd(sharder: ModuleSharder[nn.Module], compute_device: str) -> list[str]:
+    """The sharding types in which a sharder can put tables on SSD."""
+    kinds = sharder.sharding_types(compute_device)
+    return [kind for kind in kinds if TURBO_SSD in sharder.compute_kernels(kind, compute_device)]
+
+
 def fast_memory(compute_device: str) -> str:
     """Which field of TorchRec's `Storage` holds the slots: "hbm" on an accelerator, "ddr" on a CPU machine."""
     return "hbm" if compute_device in HBM_DEVICES else "ddr"
 
 
-__all__ = ["PLAN_VERSION", "TURBO_SSD", "TurboCacheParams", "fast_memory", "slots_of"]
+__all__ = ["KEY_VALUE", "PLAN_VERSION", "TURBO_SSD", "TurboCacheParams", "fast_memory", "offered_on_ssd", "slots_of"]

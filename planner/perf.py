@@ -28,6 +28,11 @@ TOTAL_SHARE = 0.01
 """How much the time of all ranks counts beside that of the slowest one."""
 
 
+def miss_bytes(row_bytes: int) -> int:
+    """Bytes that an SSD reads for one miss of a row of `row_bytes`."""
+    return max(row_bytes, SSD_BLOCK_BYTES)
+
+
 class TurboSSDPerfConfig(EmbeddingPerfEstimatorConfig):
     """TorchRec's hardware model, which also knows our kernel's bandwidth when every row is in a slot."""
 
@@ -53,7 +58,8 @@ class TurboSSDPerfEstimator(ShardEstimator):
     """TorchRec's estimates, with the reads of rows that are not in slots as `prefetch_compute`.
 
     Time per byte adds up: hits at the speed of fast memory, misses at the SSD's, where a row smaller than a block
-    costs a block. Only the lookup pays for misses; its gradient finds the rows in slots.
+    costs a block. Only the lookup pays for misses; its gradient finds the rows in slots. Each column shard reads its
+    part of a row by itself, so that columns narrower than a block cost as many reads as whole rows, in every shard.
 
     It comes after the storage estimator, which decides the slots that the hit rates follow from. `Topology` prices
     the SSD: its default, `ssd_mem_bw` of 100 MB/s, is a hard disk's.
@@ -80,7 +86,7 @@ class TurboSSDPerfEstimator(ShardEstimator):
                 continue
             for shard, rate, size in zip(option.shards, params.hit_rates, params.row_bytes, strict=True):
                 misses = self._demand.lookups(option, shard) * (1.0 - rate)
-                reads = misses * max(size, SSD_BLOCK_BYTES) / self._ssd_mem_bw
+                reads = misses * miss_bytes(size) / self._ssd_mem_bw
                 shard.perf = dataclasses.replace(shard.perf, prefetch_compute=shard.perf.prefetch_compute + reads)
 
 
@@ -109,4 +115,5 @@ __all__ = [
     "TurboSSDPerfConfig",
     "TurboSSDPerfEstimator",
     "TurboSSDPerfModel",
+    "miss_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,9 +30,9 @@ from torchrec_turbossd.errors import BudgetError, ConfigError
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.budget import share_leftover
 from torchrec_turbossd.planner.demand import Demand, check_constraints
-from torchrec_turbossd.planner.kernel import fast_memory
+from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, fast_memory, offered_on_ssd
 from torchrec_turbossd.planner.perf import TurboSSDPerfEstimator, TurboSSDPerfModel
-from torchrec_turbossd.planner.proposer import OffloadProposer, taste
+from torchrec_turbossd.planner.proposer import OffloadProposer, distinct, taste
 from torchrec_turbossd.planner.shortfall import explain_shortfall
 from torchrec_turbossd.planner.storage import TurboSSDStorageEstimator
 from torchrec_turbossd.sizing.profile import AccessProfile
@@ -54,8 +55,13 @@ def turbo_ssd_planner(
     moves the ones least asked for by byte to SSD, and shares what memory is left among their caches.
 
     Sharders must offer the `TURBO_SSD` kernel. A table's own `ParameterConstraints` are honoured: `compute_kernels`
-    and `sharding_types`, `cache_params.load_factor` (the share of its rows that get slots, then neither more nor
-    less), `cache_params.stats` (its hit rates, instead of a profile).
+    (where TorchRec's own name for tables on SSD, "key_value", means `TURBO_SSD`), `sharding_types` and
+    `min_partition`, `cache_params.load_factor` (the share of its rows that get slots, then neither more nor less),
+    `cache_params.stats` (its hit rates, instead of a profile).
+
+    Without `sharding_types`, tables on SSD are planned in every way that their sharder offers but GRID_SHARD, which
+    TorchRec keeps for tables that ask for it. Column shards each read their part of a row from SSD, so that they cost
+    more reads than whole rows, and are chosen where that is the quickest plan that fits nevertheless.
 
     Args:
         topology: capacities of each rank; `ssd_cap` above 0 is what lets tables on SSD be placed.
@@ -77,8 +83,8 @@ def turbo_ssd_planner(
     if "enumerator" in kwargs:
         raise ConfigError("the planner brings its own enumerator, whose estimators know tables on SSD; pass none")
     _check_topology(topology)
-    given = dict(constraints or {})
-    check_constraints(given)
+    check_constraints(constraints or {})
+    given = {table: _on_turbo_ssd(one) for table, one in (constraints or {}).items()}
     demand = Demand(world_size=topology.world_size, batches_in_flight=batches_in_flight, constraints=given)
     return TurboSSDPlanner(
         topology,
@@ -126,7 +132,7 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
             ),
             constraints=constraints,
             proposer=[
-                OffloadProposer(topology.compute_device, self._lookups),
+                OffloadProposer(topology.compute_device, demand.table_lookups, lambda: self._available().values()),
                 *(proposers if isinstance(proposers, list) else [proposers]),
             ],
             performance_model=kwargs.pop("performance_model", None) or TurboSSDPerfModel(topology),
@@ -179,10 +185,6 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
         except Exception as error:
             return error
 
-    def _lookups(self, option: ShardingOption) -> float:
-        # Column shards answer the same lookups.
-        return max(self._demand.lookups(option, shard) for shard in option.shards)
-
     def _share_leftover(self, plan: list[ShardingOption]) -> list[ShardingOption]:
         return share_leftover(
             plan, self._available(), self._topology.compute_device, demand=self._demand, access=self._access
@@ -196,11 +198,15 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
         options = self._enumerator.last_stored_search_space
         if not options:
             return f"no memory is left for tables once the storage reservation is made: {error}"
-        return explain_shortfall(options, list(self._available().values()), self._topology.compute_device)
+        device = self._topology.compute_device
+        sharders = self._enumerator.sharder_map
+        unable = {key for key, sharder in sharders.items() if not offered_on_ssd(sharder, device)}
+        return explain_shortfall(options, list(self._available().values()), device, unable)
 
 
 class _Enumerator(EmbeddingEnumerator):
-    """TorchRec's, in the same order in every run: some of its versions go through sets of strings."""
+    """TorchRec's, in the same order in every run (some of its versions go through sets of strings), and without options
+    that are another one by a different name."""
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         try:
@@ -208,11 +214,24 @@ class _Enumerator(EmbeddingEnumerator):
         except RuntimeError as error:
             if "No available sharding type" not in str(error):
                 raise
-            raise ConfigError(
-                f"{error} The TURBO_SSD kernel is offered by the sharders of torchrec_turbossd.sharding"
-            ) from error
+            raise ConfigError(f"{error} {_offers(sharders, self._compute_device)}") from error
         order = {name: n for n, name in enumerate(dict.fromkeys(option.fqn for option in options))}
-        return sorted(options, key=lambda o: (order[o.fqn], *taste(o)))
+        return distinct(sorted(options, key=lambda o: (order[o.fqn], *taste(o))))
+
+
+def _offers(sharders: list[ModuleSharder[nn.Module]], compute_device: str) -> str:
+    offered = {type(sharder).__name__: offered_on_ssd(sharder, compute_device) for sharder in sharders}
+    given = [f"{name} ({', '.join(kinds)})" for name, kinds in offered.items() if kinds]
+    return (
+        "The TURBO_SSD kernel is offered by the sharders of torchrec_turbossd.sharding; of those given, by "
+        f"{', '.join(given) or 'none'}"
+    )
+
+
+def _on_turbo_ssd(constraints: ParameterConstraints) -> ParameterConstraints:
+    """Constraints with our kernel where they say KEY_VALUE."""
+    names = [TURBO_SSD if name == KEY_VALUE else name for name in constraints.compute_kernels or []]
+    return dataclasses.replace(constraints, compute_kernels=list(dict.fromkeys(names)) or None)
 
 
 def _check_topology(topology: Topology) -> None:

@@ -2,41 +2,80 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import reduce
 
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Storage, Topology
 from torchrec.distributed.types import ShardingType
 
 from torchrec_turbossd.planner.kernel import TURBO_SSD, fast_memory
 
-_PREFERRED = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value]
-_TURNS = 3
+_SIMPLEST_FIRST = [
+    ShardingType.TABLE_WISE.value,
+    ShardingType.ROW_WISE.value,
+    ShardingType.COLUMN_WISE.value,
+    ShardingType.TABLE_ROW_WISE.value,
+    ShardingType.TABLE_COLUMN_WISE.value,
+    ShardingType.GRID_SHARD.value,
+]
+_RESIDENT = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
+_CUTS = (math.inf, *(2.0**-n for n in range(7)), 0.0)
 
-Tier = dict[str, list[ShardingOption]]
-"""A table's options in one tier by its name, fastest first."""
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to hold a table: its ms and memory, all ranks together, and the most that a shard takes, in ms, fast memory
+    and SSD."""
+
+    option: ShardingOption
+    work: float
+    total: Storage
+    heaviest: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, option: ShardingOption, fast: str) -> _Way:
+        shards = [(s.perf.total, getattr(s.storage, fast), s.storage.ssd) for s in option.shards]
+        times, memory, ssd = (max(values) for values in zip(*shards, strict=True))
+        return cls(option, option.total_perf, option.total_storage, (times, memory, ssd))
+
+
+Tier = dict[str, list[_Way]]
+"""A table's ways in one tier by its name, the simplest first."""
 
 
 class OffloadProposer(Proposer):
-    """Proposes all tables in fast memory, then one more on SSD at a time, and stops at the first plan that fits.
+    """Proposes all tables in fast memory, then one more on SSD at a time, until a plan fits.
 
-    The next to go is the table with the fewest lookups for each byte of fast memory that its leaving frees. With the
-    same tables on SSD it tries the sharding types of each tier, fastest first. Proposals that cannot fit even in the
-    sum of all ranks are skipped; whether the others fit, TorchRec's partitioner says.
+    The next to go is the table with the fewest lookups for each byte of fast memory that its leaving frees. This is
+    done in several cuts, and TorchRec keeps the plan that it rates best. In the first, every table is sharded in the
+    simplest way. In the others, it is in the one of the least work, all ranks together, among those without a shard
+    that weighs more than a limit, which halves from cut to cut; where there is none, in that with the lightest shards.
+    A shard weighs the largest of: its time, in that of the first cut's slowest shard; its fast memory and its SSD, in
+    those of the roomiest rank. Proposals that cannot fit even in the sum of all ranks are skipped; whether the others
+    fit, TorchRec's partitioner says.
 
     Args:
         compute_device: says which memory is fast.
         lookups: of one global batch for an option's table.
+        ranks: memory that tables may take on each rank, asked for once the planner has made its reservations.
     """
 
-    def __init__(self, compute_device: str, lookups: Callable[[ShardingOption], float]) -> None:
+    def __init__(
+        self,
+        compute_device: str,
+        lookups: Callable[[ShardingOption], float],
+        ranks: Callable[[], Iterable[Storage]],
+    ) -> None:
         self._fast = fast_memory(compute_device)
-        self._lookups = lookups
+        self._lookups, self._ranks = lookups, ranks
         self._resident: Tier = {}
         self._on_ssd: Tier = {}
-        self._proposals: Iterator[list[ShardingOption]] = iter(())
-        self._current: list[ShardingOption] | None = None
+        self._cuts: list[Iterator[list[_Way]]] = []
+        self._current: list[_Way] | None = None
 
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
         """Start over with the options of every table."""
@@ -44,12 +83,15 @@ class OffloadProposer(Proposer):
         ours = [option for option in search_space if option.compute_kernel == TURBO_SSD]
         stock = [option for option in search_space if option.compute_kernel != TURBO_SSD]
         self._resident, self._on_ssd = self._by_table(stock), self._by_table(ours)
-        self._proposals = self._walk(names)
-        self._current = next(self._proposals, None)
+        ranks = list(self._ranks())
+        self._room = reduce(operator.add, ranks)
+        self._roomiest = max(getattr(rank, self._fast) for rank in ranks), max(rank.ssd for rank in ranks)
+        self._cuts = [self._walk(names, limit) for limit in _CUTS] if names else []
+        self._advance()
 
     def propose(self) -> list[ShardingOption] | None:
         """One option for each table; None when there is nothing more to propose."""
-        return self._current
+        return None if self._current is None else [way.option for way in self._current]
 
     def feedback(
         self,
@@ -58,82 +100,74 @@ class OffloadProposer(Proposer):
         perf_rating: float | None = None,
         storage_constraint: Topology | None = None,
     ) -> None:
-        """Move on to the next proposal, or stop because this one fits."""
-        self._current = None
+        """Move on to the next proposal, which is of the next cut where this one fits."""
         if partitionable:
-            return
-        room = None
-        if storage_constraint is not None:
-            room = reduce(lambda a, b: a + b, (device.storage for device in storage_constraint.devices))
-        for proposal in self._proposals:
-            if room is None or _total(proposal).fits_in(room):
-                self._current = proposal
-                return
+            del self._cuts[:1]
+        self._advance()
 
-    def _walk(self, names: list[str]) -> Iterator[list[ShardingOption]]:
-        """Every proposal, in order."""
+    def _advance(self) -> None:
+        self._current = None
+        while self._cuts and self._current is None:
+            self._current = next((ways for ways in self._cuts[0] if self._may_fit(ways)), None)
+            if self._current is None:
+                del self._cuts[0]
+
+    def _may_fit(self, ways: Sequence[_Way]) -> bool:
+        return bool(reduce(operator.add, (way.total for way in ways)).fits_in(self._room))
+
+    def _walk(self, names: list[str], limit: float) -> Iterator[list[_Way]]:
+        """Every proposal of a cut, in order."""
         movable = [name for name in names if name in self._resident and name in self._on_ssd]
         gone = {name for name in names if name not in self._resident}
-        turns = list(itertools.product(_turns(self._resident), _turns(self._on_ssd)))
         for leaving in [None, *sorted((n for n in movable if self._frees(n) > 0), key=self._worth)]:
             if leaving is not None:
                 gone.add(leaving)
-            seen = set()
-            for resident, on_ssd in turns:
-                proposal = [
-                    _turn(self._on_ssd[name], on_ssd) if name in gone else _turn(self._resident[name], resident)
-                    for name in names
-                ]
-                ids = tuple(map(id, proposal))
-                if ids not in seen:
-                    seen.add(ids)
-                    yield proposal
+            tiers = [self._on_ssd[name] if name in gone else self._resident[name] for name in names]
+            slowest = max(ways[0].heaviest[0] for ways in tiers)
+            yield [_pick(ways, (slowest, *self._roomiest), limit) for ways in tiers]
 
     def _worth(self, name: str) -> tuple[float, str]:
         """Lookups for each byte that its leaving frees, then the name, so that every run agrees."""
-        return self._lookups(self._resident[name][0]) / self._frees(name), name
+        return self._lookups(self._resident[name][0].option) / self._frees(name), name
 
     def _frees(self, name: str) -> int:
         resident, on_ssd = self._resident[name][0], self._on_ssd[name][0]
-        return int(getattr(resident.total_storage, self._fast) - getattr(on_ssd.total_storage, self._fast))
+        return int(getattr(resident.total, self._fast) - getattr(on_ssd.total, self._fast))
 
     def _by_table(self, options: list[ShardingOption]) -> Tier:
         tier: Tier = {}
-        for option in sorted(options, key=lambda o: (_slowest(o), getattr(o.total_storage, self._fast), *taste(o))):
-            known = tier.setdefault(option.fqn, [])
-            # Another kernel than the fastest may need less only because it keeps its rows elsewhere.
-            alike = not known or known[0].compute_kernel == option.compute_kernel
-            # On one rank a table by rows is a table.
-            if alike and all(_shape(option) != _shape(other) for other in known):
-                known.append(option)
-        return tier
+        for option in sorted(options, key=taste):
+            tier.setdefault(option.fqn, []).append(_Way.of(option, self._fast))
+        # Other kernels may need less fast memory only because they keep their rows elsewhere.
+        kernels = (TURBO_SSD, *_RESIDENT)
+        return {
+            name: [way for way in ways if way.option.compute_kernel in kernels] or ways for name, ways in tier.items()
+        }
 
 
-def _shape(option: ShardingOption) -> list[list[int]]:
-    return [list(shard.size) for shard in option.shards]
-
-
-def _turns(tier: Tier) -> range:
-    return range(min(_TURNS, max(map(len, tier.values()), default=1)))
-
-
-def _turn(options: list[ShardingOption], turn: int) -> ShardingOption:
-    return options[min(turn, len(options) - 1)]
+def _pick(ways: list[_Way], scale: tuple[float, float, float], limit: float) -> _Way:
+    if limit == math.inf:
+        return ways[0]
+    weights = [max(a / b if b else float(a > 0) for a, b in zip(way.heaviest, scale, strict=True)) for way in ways]
+    light = [way for way, weight in zip(ways, weights, strict=True) if weight <= limit]
+    return min(light, key=lambda way: way.work) if light else ways[weights.index(min(weights))]
 
 
 def taste(option: ShardingOption) -> tuple[bool, int, str, str]:
     """Sorts equally good options of a table: in memory before on SSD, then the simpler sharding, then by name."""
     kind = option.sharding_type
-    simple = _PREFERRED.index(kind) if kind in _PREFERRED else len(_PREFERRED)
+    simple = _SIMPLEST_FIRST.index(kind) if kind in _SIMPLEST_FIRST else len(_SIMPLEST_FIRST)
     return option.compute_kernel == TURBO_SSD, simple, kind, option.compute_kernel
 
 
-def _slowest(option: ShardingOption) -> float:
-    return max(shard.perf.total for shard in option.shards)
+def distinct(options: Iterable[ShardingOption]) -> list[ShardingOption]:
+    """The first of the options that cut a table into the same shards for the same kernel: one column shard is a table,
+    and on one host table-row-wise is row-wise."""
+    seen: dict[tuple[object, ...], ShardingOption] = {}
+    for option in options:
+        shards = tuple((*shard.size, *shard.offset) for shard in option.shards)
+        seen.setdefault((option.fqn, option.compute_kernel, shards), option)
+    return list(seen.values())
 
 
-def _total(proposal: list[ShardingOption]) -> Storage:
-    return reduce(lambda a, b: a + b, (option.total_storage for option in proposal))
-
-
-__all__ = ["OffloadProposer", "taste"]
+__all__ = ["OffloadProposer", "distinct", "taste"]

@@ -11,7 +11,7 @@ from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan, ShardMetadata
 
 from torchrec_turbossd.planner.demand import row_bytes
-from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, slots_of
+from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, TurboCacheParams, slots_of
 from torchrec_turbossd.planner.shortfall import human
 from torchrec_turbossd.sizing.memory import shard_fast_bytes
 
@@ -27,6 +27,8 @@ class PlanRow:
         tier: where its rows are: "SSD" (with slots in fast memory), "HBM" or "DRAM".
         sharding_type, compute_kernel: TorchRec's names.
         rows, cols: of the shard; None for a data-parallel table of a model that is not at hand.
+        first_row, first_col: where in the table it begins.
+        whole_rows: whether it has all columns of the table.
         slots: its rows of fast memory; None where all rows are in memory.
         fast_bytes: fast memory it takes, input and output left out; None where the model is not at hand.
         ssd_bytes: SSD it takes when every row has been written.
@@ -41,6 +43,9 @@ class PlanRow:
     compute_kernel: str
     rows: int | None
     cols: int | None
+    first_row: int
+    first_col: int
+    whole_rows: bool
     slots: int | None
     fast_bytes: int | None
     ssd_bytes: int
@@ -61,11 +66,11 @@ def describe_plan(
         for table, sharding in module_plan.items():
             tensor, fused_params = tensors.get(table, (None, None))
             rows += _rows(path, table, sharding, tensor, fused_params)
-    return sorted(rows, key=lambda row: (row.module, row.table, row.rank))
+    return sorted(rows, key=lambda row: (row.module, row.table, row.rank, row.first_col, row.first_row))
 
 
 def format_plan(rows: Iterable[PlanRow]) -> str:
-    """The rows as a text table."""
+    """The rows as a text table; a column shard's columns are followed by those of the table that they are."""
     head = ("table", "rank", "tier", "sharding", "rows x cols", "slots", "fast memory", "SSD", "hit rate")
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[n]) for line in cells) for n in range(len(head))]
@@ -75,61 +80,92 @@ def format_plan(rows: Iterable[PlanRow]) -> str:
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
+    on_ssd = row.tier == "SSD"
     return (
         f"{row.module}.{row.table}" if row.module else row.table,
         str(row.rank),
         row.tier,
         row.sharding_type,
-        "-" if row.rows is None else f"{row.rows:,} x {row.cols}",
-        "all" if row.slots is None else f"{row.slots:,}",
+        _extent(row),
+        ("-" if on_ssd else "all") if row.slots is None else f"{row.slots:,}",
         "-" if row.fast_bytes is None else human(row.fast_bytes),
         human(row.ssd_bytes) if row.ssd_bytes else "-",
         "-" if row.hit_rate is None else f"{row.hit_rate:.1%}",
     )
 
 
+def _extent(row: PlanRow) -> str:
+    if row.rows is None or row.cols is None:
+        return "-"
+    extent = f"{row.rows:,} x {row.cols}"
+    return extent if row.whole_rows else f"{extent} ({row.first_col} to {row.first_col + row.cols - 1})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a shard is, and what of the table it is: (rows, columns)."""
+
+    rank: int
+    device: str
+    first: tuple[int, int]
+    size: tuple[int, int] | None
+
+
 def _rows(
     path: str, table: str, sharding: ParameterSharding, tensor: Tensor | None, fused_params: Mapping[str, Any] | None
 ) -> Iterator[PlanRow]:
-    slots = slots_of(sharding) if sharding.compute_kernel == TURBO_SSD else None
-    for number, (rank, shape, device) in enumerate(_shards(sharding, tensor)):
-        fast, ssd, rate = None, 0, 1.0 if sharding.compute_kernel != TURBO_SSD else None
-        params = sharding.cache_params
-        if slots is not None and isinstance(params, TurboCacheParams) and shape is not None:
-            if params.row_bytes:
-                size = params.row_bytes[number]
-                fast, ssd = shard_fast_bytes(slots[number], shape[0], size), shape[0] * size
-            rate = params.hit_rates[number] if params.hit_rates else None
-        elif tensor is not None and shape is not None:
-            fast = shape[0] * row_bytes(tensor, shape[1], fused_params)
+    on_ssd = sharding.compute_kernel in (TURBO_SSD, KEY_VALUE)
+    places = list(_places(sharding, tensor))
+    for number, place in enumerate(places):
+        slots, fast, ssd, rate = _cache(sharding, number, place) if on_ssd else (None, None, 0, 1.0)
+        if not on_ssd and tensor is not None and place.size is not None:
+            fast = place.size[0] * row_bytes(tensor, place.size[1], fused_params)
         yield PlanRow(
             module=path,
             table=table,
-            rank=rank,
-            tier="SSD" if sharding.compute_kernel == TURBO_SSD else ("HBM" if device == "cuda" else "DRAM"),
+            rank=place.rank,
+            tier="SSD" if on_ssd else ("HBM" if place.device == "cuda" else "DRAM"),
             sharding_type=sharding.sharding_type,
             compute_kernel=sharding.compute_kernel,
-            rows=shape[0] if shape else None,
-            cols=shape[1] if shape else None,
-            slots=slots[number] if slots is not None else None,
+            rows=place.size[0] if place.size else None,
+            cols=place.size[1] if place.size else None,
+            first_row=place.first[0],
+            first_col=place.first[1],
+            whole_rows=len({other.first[1] for other in places}) == 1,
+            slots=slots,
             fast_bytes=fast,
             ssd_bytes=ssd,
             hit_rate=rate,
         )
 
 
-def _shards(sharding: ParameterSharding, tensor: Tensor | None) -> Iterator[tuple[int, tuple[int, int] | None, str]]:
-    """Rank, (rows, cols) and device type of each shard."""
+def _cache(sharding: ParameterSharding, number: int, place: _Place) -> tuple[int | None, int | None, int, float | None]:
+    """Slots, fast memory, SSD and hit rate of a shard on SSD, as far as the plan says."""
+    slots, params = slots_of(sharding), sharding.cache_params
+    if slots is None or not isinstance(params, TurboCacheParams) or place.size is None:
+        return None, None, 0, None
+    rate = params.hit_rates[number] if params.hit_rates else None
+    if not params.row_bytes:
+        return slots[number], None, 0, rate
+    rows, size = place.size[0], params.row_bytes[number]
+    return slots[number], shard_fast_bytes(slots[number], rows, size), rows * size, rate
+
+
+def _places(sharding: ParameterSharding, tensor: Tensor | None) -> Iterator[_Place]:
     ranks = sharding.ranks or []
     if sharding.sharding_spec is None:
         shape = (int(tensor.shape[0]), int(tensor.shape[1])) if tensor is not None else None
-        yield from ((rank, shape, "") for rank in ranks)
+        yield from (_Place(rank=rank, device="", first=(0, 0), size=shape) for rank in ranks)
         return
     shards: list[ShardMetadata] = sharding.sharding_spec.shards
     for rank, shard in zip(ranks, shards, strict=True):
         placement = shard.placement
-        device = placement.device().type if placement is not None else ""
-        yield rank, (int(shard.shard_sizes[0]), int(shard.shard_sizes[1])), device
+        yield _Place(
+            rank=rank,
+            device=placement.device().type if placement is not None else "",
+            first=(int(shard.shard_offsets[0]), int(shard.shard_offsets[1])),
+            size=(int(shard.shard_sizes[0]), int(shard.shard_sizes[1])),
+        )
 
 
 def _tensors(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torchrec.distributed.planner.types import ShardingOption, Storage
-from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, fast_memory
 
 _NAMED = 5
 
 
-def explain_shortfall(options: Sequence[ShardingOption], ranks: Sequence[Storage], compute_device: str) -> str:
+def explain_shortfall(
+    options: Sequence[ShardingOption], ranks: Sequence[Storage], compute_device: str, unable: Collection[str]
+) -> str:
     """A sentence for each thing that stands in the way of a plan, then what to change.
 
     Args:
         options: every way to hold every table.
         ranks: memory that tables may take on each rank.
         compute_device: says which memory is fast.
+        unable: types of modules, as `ShardingOption.module_type_key` has them, whose sharders put nothing on SSD.
     """
     fast = fast_memory(compute_device)
     name, room = "HBM" if fast == "hbm" else "DRAM", [int(getattr(rank, fast)) for rank in ranks]
@@ -29,7 +31,7 @@ def explain_shortfall(options: Sequence[ShardingOption], ranks: Sequence[Storage
     if not tight and not full:
         tight = _short_on_a_rank(name, options, room, fast)
     lines = [*tight, *full]
-    advice = [f"raise Topology({fast}_cap=...) or add ranks", *_advice(options, held, ranks)]
+    advice = [f"raise Topology({fast}_cap=...) or add ranks", *_advice(options, held, ranks, unable)]
     if tight:
         advice += _smaller_caches(held)
     return f"no plan fits. {' '.join(lines)} What would do: {'; '.join(advice)}."
@@ -110,16 +112,21 @@ def _short_on_a_rank(memory: str, options: Sequence[ShardingOption], ranks: Sequ
     return lines or [f"{memory}: the tables fit in the sum of {len(ranks)} ranks, but not rank by rank."]
 
 
-def _advice(options: Sequence[ShardingOption], held: Sequence[ShardingOption], ranks: Sequence[Storage]) -> list[str]:
+def _advice(
+    options: Sequence[ShardingOption], held: Sequence[ShardingOption], ranks: Sequence[Storage], unable: Collection[str]
+) -> list[str]:
     ours = {option.fqn for option in options if option.compute_kernel == TURBO_SSD}
-    if not ours and any(isinstance(option.module[1], EmbeddingCollection) for option in held):
-        return ["use EmbeddingBagCollection for the large tables: those of an EmbeddingCollection cannot be on SSD"]
-    if not ours:
-        return [f"offer the {TURBO_SSD!r} kernel: give the planner sharders of torchrec_turbossd.sharding"]
+    kept = [option for option in held if option.fqn not in ours]
+    barred = sorted({option.name for option in kept if option.module_type_key not in unable})
+    others = sorted({option.name for option in kept if option.module_type_key in unable})
     advice = []
-    kept = sorted({option.name for option in held if option.fqn not in ours})
-    if kept:
-        advice.append(f"allow {TURBO_SSD!r} in the constraints of {', '.join(map(repr, kept[:_NAMED]))}")
+    if barred:
+        advice.append(f"allow {TURBO_SSD!r} in the constraints of {', '.join(map(repr, barred[:_NAMED]))}")
+    if others:
+        advice.append(
+            f"offer the {TURBO_SSD!r} kernel for {', '.join(map(repr, others[:_NAMED]))}: give the planner sharders of "
+            "torchrec_turbossd.sharding"
+        )
     on_ssd = sum(option.total_storage.ssd for option in held)
     if on_ssd > sum(rank.ssd for rank in ranks):
         advice.append(f"raise Topology(ssd_cap=...) to {human(on_ssd / len(ranks))} a rank or more")

@@ -21,7 +21,7 @@ from torchrec.distributed.types import CacheParams
 
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.demand import ROW_STATE, Demand, check_load_factor, row_bytes
-from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, fast_memory
+from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, TurboCacheParams, fast_memory
 from torchrec_turbossd.sizing.memory import shard_fast_bytes
 from torchrec_turbossd.tables import MAX_SLOTS
 
@@ -93,7 +93,7 @@ class TurboSSDStorageEstimator(ShardEstimator):
         """TorchRec's formula for a key-value table without a cache of its own leaves input and output alone."""
         kept = [(option.cache_params, option.key_value_params) for option in options]
         for option in options:
-            option.compute_kernel = EmbeddingComputeKernel.KEY_VALUE.value
+            option.compute_kernel = KEY_VALUE
             option.cache_params = option.key_value_params = None
         try:
             self._io.estimate(options, *args, **kwargs)

@@ -6,18 +6,14 @@ import dataclasses
 import os
 from typing import Any
 
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding
 
 from torchrec_turbossd.cache import DEFAULT_POLICY
 from torchrec_turbossd.errors import ConfigError
-from torchrec_turbossd.planner.kernel import TURBO_SSD
+from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD
 from torchrec_turbossd.sharding.kernel import KernelOptions
 from torchrec_turbossd.sharding.module import TurboSSDOptions
 from torchrec_turbossd.sharding.rank_store import StoreOptions
-
-KEY_VALUE = EmbeddingComputeKernel.KEY_VALUE.value
-"""TorchRec's name for tables on SSD, whose own kernel needs what public FBGEMM wheels lack."""
 
 
 class TurboSSDSharder:
@@ -84,4 +80,4 @@ def on_turbo_ssd(params: dict[str, ParameterSharding]) -> dict[str, ParameterSha
     }
 
 
-__all__ = ["KEY_VALUE", "TurboSSDSharder", "on_turbo_ssd"]
+__all__ = ["TurboSSDSharder", "on_turbo_ssd"]

@@ -17,13 +17,12 @@ from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingP
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_turbossd.errors import ConfigError, UnknownTableError, UnsupportedError
-from torchrec_turbossd.planner.kernel import TURBO_SSD
+from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD
 from torchrec_turbossd.sharding.embedding import TurboSSDEmbeddingCollectionSharder
 from torchrec_turbossd.sharding.embeddingbag import SHARDING_TYPES, TurboSSDEmbeddingBagCollectionSharder
 from torchrec_turbossd.sharding.local_tables import in_windows, local_tables
 from torchrec_turbossd.sharding.module import TurboSSDShardedModule
 from torchrec_turbossd.sharding.progress import fused_kernels, optimizer_progress, restore_progress, saved_progress
-from torchrec_turbossd.sharding.sharder import KEY_VALUE
 
 _WINDOW_ROWS = 65536
 _ModulePlan = dict[str, ParameterSharding]

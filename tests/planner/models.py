@@ -8,33 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, Topology
-from torchrec.distributed.types import ShardingType
 
-from torchrec_turbossd.planner import TURBO_SSD, TurboSSDPlanner, turbo_ssd_planner
+from torchrec_turbossd.planner import TurboSSDPlanner, turbo_ssd_planner
+from torchrec_turbossd.sharding import TurboSSDEmbeddingBagCollectionSharder, TurboSSDEmbeddingCollectionSharder
 
 MB, GB = 10**6, 10**9
-
-
-class BagSharder(EmbeddingBagCollectionSharder):
-    """Offers our kernel, as the package's own sharders do."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return ["fused", TURBO_SSD]
-
-
-class SequenceSharder(EmbeddingCollectionSharder):
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return ["fused", TURBO_SSD]
 
 
 class Model(nn.Module):
@@ -65,14 +45,22 @@ class Model(nn.Module):
 
 
 def sharders(**fused_params: Any) -> list[Any]:
+    """Those of the package, which offer every sharding type."""
     params = fused_params or None
-    return [BagSharder(fused_params=params), SequenceSharder(fused_params=params)]
+    return [
+        TurboSSDEmbeddingBagCollectionSharder(fused_params=params),
+        TurboSSDEmbeddingCollectionSharder(fused_params=params),
+    ]
 
 
-def topology(device: str, ranks: int = 1, fast: int = GB, ssd: int = 100 * GB) -> Topology:
-    if device == "cuda":
-        return Topology(world_size=ranks, compute_device=device, hbm_cap=fast, ddr_cap=GB, ssd_cap=ssd)
-    return Topology(world_size=ranks, compute_device=device, ddr_cap=fast, ssd_cap=ssd)
+def topology(
+    device: str, ranks: int = 1, fast: int = GB, ssd: int = 100 * GB, local: int | None = None, **speeds: float
+) -> Topology:
+    """`ranks` in hosts of `local` (None: one host), each with `fast` bytes where slots are."""
+    caps = {"hbm_cap": fast, "ddr_cap": GB} if device == "cuda" else {"ddr_cap": fast}
+    return Topology(
+        world_size=ranks, local_world_size=local or ranks, compute_device=device, ssd_cap=ssd, **caps, **speeds
+    )
 
 
 def planner(

@@ -105,17 +105,25 @@ def test_a_rank_too_small_for_its_share_gets_none() -> None:
 
 
 def test_the_least_asked_for_by_byte_leave_first() -> None:
-    # Alike but for their lookups: 20, 10 and 1 by sample.
-    lookups = {"hot": 20.0, "warm": 10.0, "cold": 1.0}
-    model = Model(*((name, 1_000_000, 64) for name in lookups))
-    constraints = {name: ParameterConstraints(pooling_factors=[count]) for name, count in lookups.items()}
-    made = planner(topology("cpu", fast=600 * MB), constraints=constraints)
-    plan = made.plan(model, sharders()).plan["ebc"]
-    assert {name: plan[name].compute_kernel == TURBO_SSD for name in lookups} == {
-        "hot": False,
-        "warm": False,
-        "cold": True,
+    # The larger one would free more.
+    constraints = {"hot": ParameterConstraints(pooling_factors=[20.0]), "cold": ParameterConstraints()}
+    made = planner(topology("cpu", fast=500 * MB), constraints=constraints, proposer=UniformProposer())
+    plan = made.plan(Model(("hot", 1_500_000, 64), ("cold", 1_000_000, 64)), sharders()).plan["ebc"]
+    assert {name for name in plan if plan[name].compute_kernel == TURBO_SSD} == {"cold"}
+
+
+def test_rows_on_several_ranks_do_not_make_a_table_less_asked_for() -> None:
+    # Lookups of a sample count the same however a table is sharded.
+    lookups = {"a_hot": 20.0, "b_warm": 10.0, "c_cold": 7.0}
+    kinds = {"a_hot": "table_wise", "b_warm": "row_wise", "c_cold": "table_wise"}
+    model = Model(("a_hot", 1_000_000, 64), ("b_warm", 1_000_000, 64), ("c_cold", 1_200_000, 64))
+    constraints = {
+        name: ParameterConstraints(pooling_factors=[count], sharding_types=[kinds[name]])
+        for name, count in lookups.items()
     }
+    made = planner(topology("cpu", 2, fast=410 * MB), constraints=constraints, proposer=UniformProposer())
+    plan = made.plan(model, sharders()).plan["ebc"]
+    assert {name for name in lookups if plan[name].compute_kernel == TURBO_SSD} == {"c_cold"}
 
 
 def test_leftover_memory_follows_access_profiles() -> None:
@@ -225,7 +233,14 @@ def test_data_parallel_tables_are_described() -> None:
 
 def test_options_are_listed_in_memory_first() -> None:
     found = planner(topology("cpu", ranks=2))._enumerator.enumerate(Model(BIG, SMALL), sharders())
-    kinds = [("fused", "table_wise"), ("fused", "row_wise"), (TURBO_SSD, "table_wise"), (TURBO_SSD, "row_wise")]
+    # Tables of one column shard, and all of table-row-wise on one host, would be these again.
+    kinds = [
+        ("fused", "table_wise"),
+        ("fused", "row_wise"),
+        ("dense", "data_parallel"),
+        (TURBO_SSD, "table_wise"),
+        (TURBO_SSD, "row_wise"),
+    ]
     assert [(option.compute_kernel, option.sharding_type) for option in found] == 2 * kinds
 
 

@@ -90,6 +90,11 @@ def check_training_tables(
     for shard, count in zip(shards, slots, strict=True):
         if shard.table.state != state:
             raise ConfigError(f"table {shard.table.name!r}: its state {shard.table.state} is not that of {optimizer}")
+        if not shard.rows:
+            raise ConfigError(
+                f"table {shard.table.name!r}: this shard has no rows, because there are more row shards than rows "
+                "fill; shard the table by table, or over fewer ranks"
+            )
         if not 1 <= count <= min(shard.rows, MAX_SLOTS):
             raise ConfigError(
                 f"table {shard.table.name!r}: slots must be 1 to {min(shard.rows, MAX_SLOTS)}, got {count}"
