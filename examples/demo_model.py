@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 import torch.distributed as dist
 from demo_settings import Settings
 from source_tokens import CLASSES, FEATURES, TABLES, Corpus, table_configs
+from stock_training import fill_tables, in_memory_plan
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -21,11 +20,9 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from torchrec_turbossd.planner import TURBO_SSD, PlanRow, describe_plan, turbo_ssd_planner
-from torchrec_turbossd.rows import initial_weights
+from torchrec_turbossd.planner import PlanRow, describe_plan, turbo_ssd_planner
 from torchrec_turbossd.sharding import get_turbo_ssd_sharders
 from torchrec_turbossd.sizing import AccessProfile
-from torchrec_turbossd.tables import InitRule
 
 TABLE_OPTIMIZER = {"lr": 0.1, "eps": 1e-6}
 """Of row-wise Adagrad."""
@@ -36,7 +33,6 @@ OnSSD = tuple[DistributedModelParallel, ShardingPlan, list[PlanRow]]
 """A sharded model, its plan, and the plan in words."""
 
 _HIDDEN = 128
-_WINDOW_ROWS = 65536
 
 
 class NextToken(nn.Module):
@@ -92,18 +88,8 @@ def on_ssd(settings: Settings, corpus: Corpus, directory: Path) -> OnSSD:
 
 def in_memory(settings: Settings, plan: ShardingPlan) -> DistributedModelParallel:
     """The same model, plan and initial rows with TorchRec's own sharder and kernel, all rows in memory. Collective."""
-    plan = copy.deepcopy(plan)
-    for sharding in plan.plan["bags"].values():
-        sharding.compute_kernel = EmbeddingComputeKernel.FUSED.value
-        sharding.cache_params = None
     sharders: list[Any] = [EmbeddingBagCollectionSharder()]
-    return _shard(settings, _new_model(settings.seed), plan, sharders)
-
-
-def local_shards(model: DistributedModelParallel, table: str) -> list[tuple[int, int, Tensor]]:
-    """This rank's shards of a table: (first row, first column, rows)."""
-    weight: Any = model.state_dict()[f"bags.embedding_bags.{table}.weight"]
-    return [(*shard.metadata.shard_offsets, shard.tensor.detach()) for shard in weight.local_shards()]
+    return _shard(settings, _new_model(settings.seed), in_memory_plan(plan), sharders)
 
 
 def _new_model(seed: int) -> NextToken:
@@ -119,20 +105,8 @@ def _shard(
 ) -> DistributedModelParallel:
     device = torch.device("cuda", torch.cuda.current_device()) if settings.device == "cuda" else torch.device("cpu")
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    for config in table_configs():
-        if plan.plan["bags"][config.name].compute_kernel != TURBO_SSD:
-            rule = InitRule(seed=settings.seed, low=config.get_weight_init_min(), high=config.get_weight_init_max())
-            _fill(sharded, config.name, rule)
+    fill_tables(sharded, plan, table_configs(), settings.seed)
     return sharded
-
-
-def _fill(model: DistributedModelParallel, table: str, rule: InitRule) -> None:
-    """Give a table in memory the rows that one on SSD starts from."""
-    for row, col, rows in local_shards(model, table):
-        for window in range(0, rows.shape[0], _WINDOW_ROWS):
-            part = rows[window : window + _WINDOW_ROWS]
-            ids = torch.arange(row + window, row + window + part.shape[0])
-            part.copy_(initial_weights(rule, table, ids, col_offset=col, cols=part.shape[1]))
 
 
 __all__ = [
@@ -141,6 +115,5 @@ __all__ = [
     "NextToken",
     "access_profiles",
     "in_memory",
-    "local_shards",
     "on_ssd",
 ]

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from demo_model import DENSE_LEARNING_RATE, in_memory, local_shards, on_ssd
+from demo_model import DENSE_LEARNING_RATE, in_memory, on_ssd
 from demo_settings import Settings, quiet_libraries
 from fbgemm_gpu.split_embedding_configs import SparseType
 from source_tokens import FEATURES, TABLES, Corpus, SampleStream
+from stock_training import local_shards
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
@@ -174,8 +175,9 @@ def _run(trainer: Trainer, directory: Path) -> None:
             if phase != "update":
                 save_snapshot(trainer.model, directory / phase, kind="serving", data_types=SERVED_TYPE, version=version)
         elif phase == "train":
+            state = trainer.model.state_dict()
             for table in TABLES:
-                torch.save(local_shards(trainer.model, table), directory / f"{table}-{trainer.rank}.pt")
+                torch.save(local_shards(state, "bags", table), directory / f"{table}-{trainer.rank}.pt")
 
 
 def _keep(what: Any, path: Path) -> None:

@@ -164,3 +164,61 @@ def test_any_order_trains_like_stock(
         theirs.sum().backward()
     pair.ours._prefetched.close()
     pair.same()
+
+
+def test_prefetched_batches_train_the_same(device: str) -> None:
+    pair = Pair(device, (110, 80))
+    batches = [pair.batch(seed) for seed in range(12)]
+    pair.ours.prefetch(*batches[0])
+    for (ids, offsets), following in zip(batches, [*batches[1:], None], strict=True):
+        mine, theirs = pair.ours(ids, offsets), pair.stock(ids, offsets)
+        assert torch.equal(mine, theirs)
+        if following is not None:
+            pair.ours.prefetch(*following)
+            assert pair.ours.rows.cache.pinned_slots >= torch.unique(following[0]).numel() // 2
+        mine.sum().backward()
+        theirs.sum().backward()
+    pair.same()
+
+
+@pytest.mark.gpu
+def test_prefetch_on_a_stream_of_its_own() -> None:
+    """Each prefetch must write back the rows of the batch before last, whose update slow kernels hold back."""
+    pair = Pair("cuda:0", (40, 5))
+    side, slow = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    offsets = pair.tensor(0, 20, 20, 20)
+    batches = [torch.arange(first, first + 20, device="cuda") for first in range(0, 500, 20)]
+    torch.cuda.synchronize()
+    for step, ids in enumerate(batches):
+        mine, theirs = pair.ours(ids, offsets), pair.stock(ids, offsets)
+        if step + 1 < len(batches):
+            with torch.cuda.stream(side):
+                pair.ours.prefetch(batches[step + 1], offsets)
+            assert len(pair.ours._prefetched) == 1, "two batches fit"
+        for _ in range(20):
+            slow = slow @ slow / 64
+        gradient = torch.ones_like(mine) + 0 * slow[0, 0].clamp(-1, 1)
+        mine.backward(gradient)
+        theirs.backward(gradient)
+    pair.same()
+
+
+def test_batches_nobody_comes_for_let_their_rows_go(device: str) -> None:
+    pair = Pair(device, ROWS)
+    for seed in range(20):
+        pair.ours.prefetch(*pair.batch(seed))
+    assert len(pair.ours._prefetched) == 8
+    ids, offsets = pair.batch(30)
+    pair.ours.prefetch(ids, offsets)
+    ids.zero_()
+    assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets)), "ids written over after their prefetch"
+    pair.ours.close()
+    assert pair.ours.rows.cache.pinned_slots > 0, "the last output still has a graph"
+
+
+def test_a_batch_of_the_same_shape_is_not_taken_for_the_prefetched_one(device: str) -> None:
+    pair = Pair(device, (60, 40))
+    prefetched, other, offsets = pair.tensor(1, 2, 3, 4), pair.tensor(5, 6, 7, 8), pair.tensor(0, 2, 3, 4)
+    pair.ours.prefetch(prefetched, offsets)
+    for ids in (other, prefetched):
+        assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets))

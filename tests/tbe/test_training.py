@@ -23,7 +23,6 @@ from torchrec_turbossd.errors import (
 )
 from torchrec_turbossd.tables import weight_bytes
 from torchrec_turbossd.tbe.layout import Bounds
-from torchrec_turbossd.tbe.slot_memory import TrainingMemory
 from torchrec_turbossd.tbe.training import ROW_STATE, TurboSSDTableBatchedEmbeddingBags, row_state
 
 DIM_BYTES = 8 * 4 + 4
@@ -84,30 +83,6 @@ def test_trains_like_stock_with(device: str, options: dict[str, Any]) -> None:
     pair.same()
 
 
-def test_a_batch_larger_than_the_cache_is_right_and_warns_once(device: str) -> None:
-    pair = Pair(device, (3, 3))
-    with pytest.warns(RuntimeWarning, match="raise the cache budget") as caught:
-        for seed in range(5):
-            pair.step(seed)
-    assert len(caught) == 1
-    pair.same()
-
-
-def test_prefetched_batches_train_the_same(device: str) -> None:
-    pair = Pair(device, (110, 80))
-    batches = [pair.batch(seed) for seed in range(12)]
-    pair.ours.prefetch(*batches[0])
-    for (ids, offsets), following in zip(batches, [*batches[1:], None], strict=True):
-        mine, theirs = pair.ours(ids, offsets), pair.stock(ids, offsets)
-        assert torch.equal(mine, theirs)
-        if following is not None:
-            pair.ours.prefetch(*following)
-            assert pair.ours.rows.cache.pinned_slots >= torch.unique(following[0]).numel() // 2
-        mine.sum().backward()
-        theirs.sum().backward()
-    pair.same()
-
-
 def test_rows_stay_until_backward_even_when_others_need_slots(device: str) -> None:
     pair = Pair(device, (60, 40))
     first, second = pair.batch(1), pair.batch(2)
@@ -147,34 +122,6 @@ def test_two_forwards_then_two_backwards(device: str) -> None:
         outs = [module(*b) for b in batches]
         for out in outs:
             out.sum().backward()
-    pair.same()
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
-@pytest.mark.parametrize("slots", [(5, 5), (60, 40), (110, 80)])
-def test_batches_in_flight_share_rows_in_slots_and_outside(
-    device: str, slots: tuple[int, int], order: tuple[int, ...]
-) -> None:
-    pair = Pair(device, slots)
-    large = torch.arange(90, device=device), pair.tensor(0, 90, 90, 90).long()
-    batches = [pair.batch(1, size=1), large, pair.batch(1, size=1)]
-    for module in (pair.ours, pair.stock):
-        outs = [module(*batch) for batch in batches]
-        if module is pair.ours:
-            pair.ours.prefetch(*pair.batch(1))
-        row, new = torch.tensor([3]), torch.full((1, DIM_BYTES), 7, dtype=torch.uint8)
-        if module is pair.ours:
-            pair.ours.write_rows(0, row, new)
-        else:
-            TrainingMemory(pair.stock).write(0, row, new)
-        for number in order:
-            (outs[number] * torch.arange(outs[number].shape[1], device=device)).sum().backward()
-    assert torch.equal(pair.ours(*pair.batch(1)), pair.stock(*pair.batch(1)))
-    with pytest.raises(CacheFullError, match="in flight"):
-        pair.ours(*large).sum()
-        held = pair.ours(*large)
-        pair.ours.check_idle()
-    del held
     pair.same()
 
 
@@ -274,38 +221,6 @@ def test_writes_reach_rows_wherever_they_are(device: str) -> None:
     assert torch.equal(pair.store.read("a", torch.tensor([3, 400]))[0], rows)
 
 
-def test_counts_are_exact_when_one_table_of_a_batch_does_not_fit(device: str) -> None:
-    pair = Pair(device, (50, 4))
-    ids = torch.cat([torch.arange(5), torch.arange(9)]).to(device)
-    pair.ours(ids, pair.tensor(0, 5, 5, 14)).sum().backward()
-    reads = pair.ours.rows.counters.read()
-    assert (reads["a"].read_hit_count, reads["a"].read_miss_count) == (0, 5)
-    assert (reads["b"].read_hit_count, reads["b"].read_miss_count) == (0, 9)
-    assert not pair.ours.rows.cache.resident(0)[0].numel(), "no table may admit rows of a batch that runs outside"
-
-
-@pytest.mark.gpu
-def test_prefetch_on_a_stream_of_its_own() -> None:
-    """Each prefetch must write back the rows of the batch before last, whose update slow kernels hold back."""
-    pair = Pair("cuda:0", (40, 5))
-    side, slow = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
-    offsets = pair.tensor(0, 20, 20, 20)
-    batches = [torch.arange(first, first + 20, device="cuda") for first in range(0, 500, 20)]
-    torch.cuda.synchronize()
-    for step, ids in enumerate(batches):
-        mine, theirs = pair.ours(ids, offsets), pair.stock(ids, offsets)
-        if step + 1 < len(batches):
-            with torch.cuda.stream(side):
-                pair.ours.prefetch(batches[step + 1], offsets)
-            assert len(pair.ours._prefetched) == 1, "two batches fit"
-        for _ in range(20):
-            slow = slow @ slow / 64
-        gradient = torch.ones_like(mine) + 0 * slow[0, 0].clamp(-1, 1)
-        mine.backward(gradient)
-        theirs.backward(gradient)
-    pair.same()
-
-
 def test_a_forward_that_fails_holds_no_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(device, (60, 40))
 
@@ -319,29 +234,6 @@ def test_a_forward_that_fails_holds_no_rows(device: str, monkeypatch: pytest.Mon
     assert pair.ours.rows.cache.pinned_slots == 0
     pair.step(1)
     pair.same()
-
-
-def test_a_dropped_batch_outside_the_slots_is_no_obstacle(device: str) -> None:
-    pair = Pair(device, (5, 5))
-    out = pair.ours(*pair.batch(1))
-    with pytest.raises(CacheFullError, match="1 more run outside"):
-        pair.ours.forget()
-    del out
-    gc.collect()
-    pair.ours.forget()
-
-
-def test_batches_nobody_comes_for_let_their_rows_go(device: str) -> None:
-    pair = Pair(device, ROWS)
-    for seed in range(20):
-        pair.ours.prefetch(*pair.batch(seed))
-    assert len(pair.ours._prefetched) == 8
-    ids, offsets = pair.batch(30)
-    pair.ours.prefetch(ids, offsets)
-    ids.zero_()
-    assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets)), "ids written over after their prefetch"
-    pair.ours.close()
-    assert pair.ours.rows.cache.pinned_slots > 0, "the last output still has a graph"
 
 
 @pytest.mark.parametrize("slots", [(3, 3), (110, 80)], ids=["outside", "inside"])
@@ -385,27 +277,3 @@ def test_slot_zero_is_zero(device: str) -> None:
     for seed in range(3):
         pair.step(seed)
     assert not any(bool(weights[0].any()) for weights in pair.ours.tbe.split_embedding_weights())
-
-
-@pytest.mark.parametrize("backward", [True, False])
-def test_a_batch_beyond_the_slots_sees_what_was_trained_in_them(device: str, backward: bool) -> None:
-    pair = Pair(device, (60, 40))
-    for seed in range(5):
-        pair.step(seed)
-    assert pair.ours.rows.cache.dirty(0)[0].numel() > 20
-    large = torch.arange(90, device=device), torch.tensor([0, 45, 90, 90], device=device)
-    with torch.set_grad_enabled(backward):
-        mine, theirs = pair.ours(*large), pair.stock(*large)
-    assert torch.equal(mine, theirs)
-    for out in (mine, theirs) if backward else ():
-        out.sum().backward()
-    pair.step(5)
-    pair.same()
-
-
-def test_a_batch_of_the_same_shape_is_not_taken_for_the_prefetched_one(device: str) -> None:
-    pair = Pair(device, (60, 40))
-    prefetched, other, offsets = pair.tensor(1, 2, 3, 4), pair.tensor(5, 6, 7, 8), pair.tensor(0, 2, 3, 4)
-    pair.ours.prefetch(prefetched, offsets)
-    for ids in (other, prefetched):
-        assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets))
