@@ -21,11 +21,16 @@ def everywhere(group: ProcessGroup | None, work: Callable[[], _Result]) -> list[
     """Run `work`, which calls no collective, on every rank; every rank gets all results, or raises when one failed.
 
     It may take longer than the group's time-out, and on one rank longer than on another: meanwhile the ranks exchange
-    heartbeats.
+    heartbeats. When another rank has ended or hangs, this raises what the group does (over gloo at once where a process
+    has ended, else after the group's time-out), once `work` has ended here, so that the caller can clean up behind it.
     """
     worker = _Worker(work)
-    while not _all_done(group, worker.wait(HEARTBEAT_S)):
-        pass
+    try:
+        while not _all_done(group, worker.wait(HEARTBEAT_S)):
+            pass
+    except Exception:
+        worker.wait(None)
+        raise
     failure = worker.failure
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, (worker.result, repr(failure) if failure else None), group=group)
@@ -71,8 +76,8 @@ class _Worker:
         except BaseException as error:
             self.failure = error
 
-    def wait(self, seconds: float) -> bool:
-        """Whether the call has ended, after at most this long."""
+    def wait(self, seconds: float | None) -> bool:
+        """Whether the call has ended, after at most this long; None: when it has."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 

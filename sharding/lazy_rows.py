@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchrec_turbossd.errors import InputError
 from torchrec_turbossd.sharding.row_columns import RowColumns
+from torchrec_turbossd.sharding.row_copy import as_copy
 from torchrec_turbossd.sharding.windows import check_memory, window_rows, windows
 
 _aten = torch.ops.aten
@@ -20,8 +21,10 @@ class LazyRows(Tensor):
     """Rows `rows` and columns `cols` (ranges; default: all) of `columns`, on the CPU.
 
     Slices along rows or columns, `detach` and `copy_` into it or out of it stay lazy; rows picked by index are read
-    alone; operators in place go window by window; any other operator reads all that it is given. What is read does
-    not follow later training. Reading more than the memory that is free raises `BudgetError`.
+    alone; operators in place that treat each number by itself (`zero_`, `mul_`, `uniform_`, ...) go window by window;
+    any other operator reads all that it is given. What is read does not follow later training, and what would be a view
+    of a tensor is a copy that refuses to be written. Other operators in place raise `InputError`. Reading more than the
+    memory that is free raises `BudgetError`.
     """
 
     _columns: RowColumns
@@ -57,6 +60,16 @@ class LazyRows(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialise().__reduce_ex__(protocol)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # PyTorch would write a row, or every other row, to a copy of it.
+        if isinstance(index, int):
+            row = range(self.shape[0])[index]
+            index = slice(row, row + 1)
+        if not isinstance(index, slice) or index.step not in (None, 1):
+            raise InputError(_refusal(f"[{index!r}] = ..."))
+        target = self[index]
+        target.copy_(torch.as_tensor(value, dtype=self.dtype).expand(target.shape))
 
     def materialise(self) -> Tensor:
         """The rows as a plain tensor, all of them in memory; raises `BudgetError` when they do not fit."""
@@ -100,11 +113,37 @@ class LazyRows(Tensor):
         made = handler(*args, **kwargs) if handler is not None else NotImplemented
         if made is not NotImplemented:
             return made
-        written = func._schema.arguments[0].alias_info if func._schema.arguments else None
-        if args and isinstance(args[0], LazyRows) and written is not None and written.is_write:
-            return _in_windows(func, args[0], args, kwargs)
+        if any(_is_lazy(value) for value in _written(func, args, kwargs)):
+            return _in_place(func, args, kwargs)
         plain = tree_map_only(LazyRows, LazyRows.materialise, (args, kwargs))
-        return func(*plain[0], **plain[1])
+        made = func(*plain[0], **plain[1])
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        return tree_map_only(Tensor, as_copy, made) if is_view else made
+
+
+def _is_lazy(value: Any) -> bool:
+    return isinstance(value, LazyRows) or (isinstance(value, list | tuple) and any(map(_is_lazy, value)))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operator writes to."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield args[place] if place < len(args) else kwargs.get(argument.name)
+
+
+def _in_place(func: Any, args: Any, kwargs: Any) -> LazyRows:
+    name = func._schema.name.removeprefix("aten::")
+    if name not in _BY_NUMBER or not isinstance(args[0], LazyRows):
+        raise InputError(_refusal(name))
+    return _in_windows(func, args[0], args, kwargs)
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"{what} cannot write rows on SSD in place; read rows with a slice, and write them with "
+        "tensor[first:stop].copy_(values)"
+    )
 
 
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
@@ -140,7 +179,7 @@ def _slice(rows: LazyRows, dim: int = 0, first: int | None = None, stop: int | N
 
 
 def _select(rows: LazyRows, dim: int, index: int) -> Any:
-    return rows._pick(torch.tensor([index]))[0] if dim % rows.dim() == 0 else NotImplemented
+    return as_copy(rows._pick(torch.tensor([index]))[0]) if dim % rows.dim() == 0 else NotImplemented
 
 
 def _index(rows: Any, indices: Sequence[Tensor | None]) -> Any:
@@ -192,8 +231,16 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 """Operators that do not read every row, called with the operator's own arguments; `NotImplemented` reads them all."""
 
 
+_BY_NUMBER = frozenset({
+    "abs_", "add_", "addcdiv_", "addcmul_", "bernoulli_", "clamp_", "clamp_max_", "clamp_min_", "div_", "exp_", "fill_",
+    "lerp_", "log_", "masked_fill_", "mul_", "nan_to_num_", "neg_", "normal_", "pow_", "random_", "reciprocal_",
+    "sqrt_", "square_", "sub_", "uniform_", "zero_",
+})  # fmt: skip
+"""Operators in place that treat each number by itself, so that windows change nothing."""
+
+
 def _in_windows(func: Any, target: LazyRows, args: Any, kwargs: Any) -> LazyRows:
-    """An in-place operator that works row by row (zero_, uniform_, mul_, ...), a window at a time."""
+    """An operator in place, a window at a time."""
 
     def values(first: int, count: int) -> Tensor:
         def part(value: Tensor) -> Tensor:

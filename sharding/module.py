@@ -102,9 +102,8 @@ class TurboSSDShardedModule(nn.Module):
                 optimizer = group_optimizer(group)
                 row_state(optimizer, self._device)
                 for table in group.embedding_tables:
-                    key_value = self.module_sharding_plan[table.name].key_value_params
-                    own = key_value.ssd_storage_directory if key_value is not None else None
-                    shards.append((table_shard(table, optimizer, self._options.kernel.seed), own))
+                    shard = table_shard(table, optimizer, self._options.kernel.seed)
+                    shards.append((shard, self.module_sharding_plan[table.name].key_value_params))
         ranks = (rank, get_local_rank(self._env.world_size))
         self._stores = RankStores(self._options.store, getattr(self, "_module_fqn", None) or "", ranks, shards)
         context = LookupContext(
@@ -222,6 +221,8 @@ class TurboSSDShardedModule(nn.Module):
         Raises `CacheFullError` when a batch is in flight.
         """
         self._check_open()
+        for kernel in self._kernels():
+            kernel.emb_module.check_idle()
         for kernel in self._kernels():
             kernel.emb_module.forget()
         if self._stores is not None:

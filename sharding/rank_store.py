@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
+import glob
 import os
 import re
+import shutil
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchrec_turbossd.errors import ConfigError, StoreError
+import torch.distributed as dist
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.types import KeyValueParams
+
+from torchrec_turbossd.errors import ConfigError, StoreError, StoreLockedError
+from torchrec_turbossd.store.checkpoint import clone_directory
 from torchrec_turbossd.store.contract import RowStore
+from torchrec_turbossd.store.faults import os_errors
+from torchrec_turbossd.store.known_rows import KnownRowsStore
 from torchrec_turbossd.store.rocks import RocksRowStore, remove_store
+from torchrec_turbossd.store.rocks_options import RocksOptions
 from torchrec_turbossd.store.routed import RoutedStore
 from torchrec_turbossd.store.write_back import WriteBackStore
 from torchrec_turbossd.tables import TableShard
 
 _MOST_PENDING_BYTES = 256 << 20
+_HONOURED = ("ssd_storage_directory", "l2_cache_size", "ssd_rocksdb_write_buffer_size")
+"""Fields of TorchRec's `KeyValueParams` that say something about stores of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +41,18 @@ class StoreOptions:
 
     ssd_directory: base directory, on a local SSD; each rank and module takes a sub-directory of its own. A table's
         `KeyValueParams.ssd_storage_directory` comes before it; `@local_rank` in either becomes the local rank.
-    read_threads: threads that read rows, for each store.
+    read_threads: threads that read rows, for each store; None: a rank's share of the machine's cores, 2 to 8.
     """
 
     ssd_directory: str | os.PathLike[str] | None = None
-    read_threads: int = 2
+    read_threads: int | None = None
+
+    def threads(self) -> int:
+        """`read_threads`, or what it stands for."""
+        if self.read_threads is not None:
+            return self.read_threads
+        ranks = get_local_size(dist.get_world_size()) if dist.is_initialized() else 1
+        return min(8, max(2, len(os.sched_getaffinity(0)) // ranks))
 
 
 class RankStores:
@@ -40,7 +62,9 @@ class RankStores:
 
     Args:
         module: name of the sharded module in the model.
-        shards: this rank's SSD-backed shards, each with its table's own SSD directory or None.
+        shards: this rank's SSD-backed shards, each with its table's `KeyValueParams` or None. Of these the directory,
+            `l2_cache_size` (GB; the block cache of the store) and `ssd_rocksdb_write_buffer_size` (bytes) are honoured;
+            tables of one store get the largest. A warning names others that are set.
     """
 
     def __init__(
@@ -48,33 +72,54 @@ class RankStores:
         options: StoreOptions,
         module: str,
         ranks: tuple[int, int],
-        shards: Sequence[tuple[TableShard, str | None]],
+        shards: Sequence[tuple[TableShard, KeyValueParams | None]],
     ) -> None:
         self._options, (self._rank, self._local_rank) = options, ranks
         self._module = re.sub(r"[^A-Za-z0-9_.-]", "_", module) or "module"
         self._stores: dict[Path, WriteBackStore] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._stores)
         tables: dict[Path, dict[str, int]] = {}
-        for shard, own in shards:
-            tables.setdefault(self._directory(own), {})[shard.key] = shard.row_bytes
+        self._rows = {shard.key: shard.table.rows for shard, _ in shards}
+        self._settings: dict[Path, RocksOptions] = {}
+        for shard, given in shards:
+            path = self._directory(given.ssd_storage_directory if given is not None else None)
+            tables.setdefault(path, {})[shard.key] = shard.row_bytes
+            known = self._settings.get(path, RocksOptions(hash_write_buffers=True))
+            self._settings[path] = _honoured(known, shard, given)
         try:
             for path, row_bytes in tables.items():
                 self._stores[path] = self._open(path, row_bytes)
         except BaseException:
             self.close()
             raise
+        # Only now, because these directories are this process's own.
+        remove_clones(tables)
         self._tables = tables
         self.store = RoutedStore(self._by_key())
 
     def _by_key(self) -> dict[str, RowStore]:
         return {key: self._stores[path] for path, keys in self._tables.items() for key in keys}
 
-    def clear(self) -> None:
-        """Remove every row."""
+    def each(self) -> Iterator[tuple[Path, RowStore]]:
+        """The live stores and their directories."""
+        yield from self._stores.items()
+
+    def clear(self, clones: Mapping[Path, Path] | None = None) -> None:
+        """Remove every row.
+
+        Args:
+            clones: by directory of a store, what takes its place: a row store beside it, made by `clone_beside`.
+        """
         for path, row_bytes in self._tables.items():
             with contextlib.suppress(StoreError):
                 self._stores[path].discard()
-            self._stores[path] = self._open(path, row_bytes)
+            if clones is not None and path in clones:
+                _remove(path)
+                with os_errors(path):
+                    os.rename(clones[path], path)
+                self._stores[path] = self._opened(path, row_bytes, empty=False)
+            else:
+                self._stores[path] = self._open(path, row_bytes)
         self.store.replace(self._by_key())
 
     def _directory(self, own: str | None) -> Path:
@@ -88,14 +133,75 @@ class RankStores:
         return Path(expanded) / f"rank_{self._rank}" / self._module
 
     def _open(self, path: Path, row_bytes: dict[str, int]) -> WriteBackStore:
-        if path.is_dir() and any(path.iterdir()):
-            remove_store(path)
-        inner = RocksRowStore(path, row_bytes, wal=False, read_threads=self._options.read_threads)
-        return WriteBackStore(inner, max_pending_bytes=_MOST_PENDING_BYTES)
+        try:
+            _remove(path)
+        except StoreLockedError:
+            # A model that nobody can reach any more may still hold it: sharded models are cycles.
+            gc.collect()
+            _remove(path)
+        return self._opened(path, row_bytes, empty=True)
+
+    def _opened(self, path: Path, row_bytes: dict[str, int], *, empty: bool) -> WriteBackStore:
+        rocks = RocksRowStore(
+            path, row_bytes, wal=False, read_threads=self._options.threads(), options=self._settings[path]
+        )
+        known = KnownRowsStore(rocks, {key: self._rows[key] for key in row_bytes}, empty=empty)
+        return WriteBackStore(known, max_pending_bytes=_MOST_PENDING_BYTES)
 
     def close(self) -> None:
         """Close every store; the directories stay until the next open."""
         self._finalizer()
+
+
+def _honoured(options: RocksOptions, shard: TableShard, given: KeyValueParams | None) -> RocksOptions:
+    """The settings of a store with what one of its tables asks for."""
+    if given is None:
+        return options
+    unused = [
+        item.name
+        for item in dataclasses.fields(given)
+        if item.name not in _HONOURED and getattr(given, item.name) != item.default
+    ]
+    if unused:
+        warnings.warn(
+            f"table {shard.table.name!r}: KeyValueParams {', '.join(unused)} have no meaning for tables on SSD here; "
+            f"{', '.join(_HONOURED)} do",
+            stacklevel=2,
+        )
+    cache, buffer = given.l2_cache_size, given.ssd_rocksdb_write_buffer_size
+    return dataclasses.replace(
+        options,
+        block_cache_bytes=max(options.block_cache_bytes, (cache or 0) << 30),
+        write_buffer_bytes=max(options.write_buffer_bytes, buffer) if buffer else options.write_buffer_bytes,
+    )
+
+
+def clone_beside(path: Path, source: Path) -> Path:
+    """Clone the row store `source` beside the live store at `path`, for `RankStores.clear`; returns where it is.
+
+    Made of hard links where both are on one file system. Raises as `clone_directory` does.
+    """
+    remove_clones([path])
+    clone = _clone_of(path)
+    clone_directory(source, clone)
+    return clone
+
+
+def remove_clones(paths: Iterable[Path]) -> None:
+    """Remove what `clone_beside` made beside these stores, and what a process left that ended while it did."""
+    for path in paths:
+        clone = _clone_of(path)
+        for found in (clone, *clone.parent.glob(f".{glob.escape(clone.name)}.*.tmp")):
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def _clone_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.loaded")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        remove_store(path)
 
 
 def _close_all(stores: dict[Path, WriteBackStore]) -> None:
@@ -105,4 +211,4 @@ def _close_all(stores: dict[Path, WriteBackStore]) -> None:
             store.discard()
 
 
-__all__ = ["RankStores", "StoreOptions"]
+__all__ = ["RankStores", "StoreOptions", "clone_beside", "remove_clones"]

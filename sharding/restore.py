@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchrec_turbossd.errors import SnapshotError, StoreError, UnsupportedError
+from torchrec_turbossd.errors import SnapshotError, StoreError
 from torchrec_turbossd.rows import initial_rows
 from torchrec_turbossd.sharding.checkpoint import sharded_modules
 from torchrec_turbossd.sharding.collective import everywhere, together
-from torchrec_turbossd.sharding.embeddingbag import TurboSSDShardedEmbeddingBagCollection
 from torchrec_turbossd.sharding.local_tables import LocalTable, in_windows
-from torchrec_turbossd.snapshot import Manifest, Part, ShardRange, verify
-from torchrec_turbossd.store.checkpoint import clone_directory
-from torchrec_turbossd.store.contract import RowStore
-from torchrec_turbossd.store.rocks import RocksRowStore
+from torchrec_turbossd.sharding.module import TurboSSDShardedModule
+from torchrec_turbossd.sharding.progress import fused_kernels, restore_progress, saved_progress
+from torchrec_turbossd.sharding.rank_store import clone_beside, remove_clones
+from torchrec_turbossd.snapshot import Manifest, ShardRange, verify, verify_parts
+from torchrec_turbossd.snapshot.files import check_space, file_errors
+from torchrec_turbossd.snapshot.merge import Source, check_cover, merged_rows, overlaps
+from torchrec_turbossd.snapshot.parts import open_parts
+from torchrec_turbossd.tables import TableShard
 
 _WINDOW_ROWS = 65536
 
@@ -29,9 +33,14 @@ _WINDOW_ROWS = 65536
 def load_snapshot(model: nn.Module, path: str | os.PathLike[str]) -> Manifest:
     """Give every sharded table of `model` the rows and optimizer state of a training snapshot. Collective.
 
-    World size, sharding types, tiers and slots may differ from those that saved it. Rows pass through memory a window
-    at a time. Data-parallel tables, dense layers and learning rates (`Manifest.extra["learning_rates"]` has those of
-    tables on SSD) are the caller's to load.
+    World size, sharding types, tiers and slots may differ from those that saved it. Where a rank's tables on SSD are
+    sharded as those of one part of the snapshot, their live store is made of hard links to it (copied across file
+    systems); other rows pass through memory a window at a time. Column shards are joined and cut; see
+    `torchrec_turbossd.snapshot.merge` for a row-wise state, which only unchanged columns get back exactly.
+
+    The step count and learning rate of the fused optimizers come back too, also in `fused_optimizer.param_groups`; a
+    snapshot of 0.1.0 has none, and leaves them as they are. Data-parallel tables and dense layers are the caller's
+    to load: `Manifest.id` says with which snapshot they belong.
 
     Args:
         path: on a file system that all ranks share; it is verified first, and not changed.
@@ -41,33 +50,103 @@ def load_snapshot(model: nn.Module, path: str | os.PathLike[str]) -> Manifest:
 
     Raises:
         SnapshotError: not a training snapshot, one without a table of the model, or one whose tables differ in rows,
-            width, type, optimizer state or rule for rows never written; or another rank failed.
+            width, type, optimizer state or rule for rows never written; tables that are one group here, but were at
+            different steps or learning rates; or another rank failed.
         FormatVersionError, CorruptError: see `torchrec_turbossd.snapshot.verify`.
-        CacheFullError: a batch is in flight. ConfigError: the model has no module of this package.
+        StoreFullError: too little space to copy a store. CacheFullError: a batch is in flight.
+        ConfigError: the model has no module of this package.
             On all of these the model is unchanged.
-        StoreError: a disk failed while rows were copied, here or on another rank; the model must be loaded again.
+        StoreError: a disk failed or filled while rows were copied, here or on another rank; the model must be loaded
+            again.
     """
     modules = [module for _, module in sharded_modules(model)]
     group = modules[0]._env.process_group
-    manifest = together(group, lambda: verify(Path(path)), only=0)
-    everywhere(group, lambda: _check(modules, manifest, Path(path)))
+    path = Path(path).absolute()
+    manifest = together(group, lambda: verify(path, deep=False), only=0)
+    # Every rank reads its share of the files.
+    share = manifest.parts[dist.get_rank(group) :: dist.get_world_size(group)]
+    everywhere(group, lambda: verify_parts(path, manifest, share))
+    loading = _Loading(modules, manifest, path)
     try:
-        everywhere(group, lambda: _load(modules, manifest, Path(path)))
-    except Exception as error:
-        raise StoreError(f"the model is half loaded from {path}: load again before it is used ({error})") from error
+        everywhere(group, loading.prepare)
+        try:
+            everywhere(group, loading.load)
+        except Exception as error:
+            raise StoreError(f"the model is half loaded from {path}: load again before it is used ({error})") from error
+    finally:
+        loading.clean_up()
     dist.barrier(group=group)
     return manifest
 
 
-def _check(modules: list[TurboSSDShardedEmbeddingBagCollection], manifest: Manifest, path: Path) -> None:
-    if manifest.kind != "training":
-        raise SnapshotError(f"{path} is a {manifest.kind} snapshot; training goes on from one of kind 'training'")
-    for module in modules:
+@dataclass
+class _Loading:
+    """One load on one rank.
+
+    clones: of each module, by the directory of a live store, what takes its place.
+    left: the tables that are filled window by window, each with the directory of its live store; sources: their rows.
+    """
+
+    modules: list[TurboSSDShardedModule]
+    manifest: Manifest
+    path: Path
+    clones: list[dict[Path, Path]] = field(default_factory=list)
+    left: list[tuple[LocalTable, Path | None]] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def prepare(self) -> None:
+        """Check everything, and clone what the rows come from; changes nothing of the model."""
+        if self.manifest.kind != "training":
+            said = f"{self.path} is a {self.manifest.kind} snapshot"
+            raise SnapshotError(f"{said}; training goes on from one of kind 'training'")
+        for module in self.modules:
+            self._check(module)
+        for module in self.modules:
+            self.clones.append({})
+            for directory, shards in _live_shards(module):
+                part = next((p for p in self.manifest.stores if p.shards == shards and p.store == "rocks"), None)
+                if shards and part is not None:
+                    self.clones[-1][directory] = clone_beside(directory, self.path / part.directory)
+            self.left += _not_in(self.clones[-1], module)
+        if not self.left:
+            return
+        # On the snapshot's own file system, where a clone is made of hard links.
+        with file_errors(self.path.parent):
+            scratch = Path(tempfile.mkdtemp(prefix=".turbossd-load-", dir=self.path.parent))
+        self.stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        self.sources = open_parts(
+            self.manifest, self.path, scratch, self.stack, lambda s: any(overlaps(s, t.shard) for t, _ in self.left)
+        )
+
+    def _check(self, module: TurboSSDShardedModule) -> None:
         module._check_open()
         for table in module._local():
-            _check_table(table, manifest, path)
+            _check_table(table, self.manifest, self.path)
         for kernel in module._kernels():
             kernel.emb_module.check_idle()
+        for kernel in fused_kernels(module._lookups):
+            saved_progress(kernel, self.manifest.optimizer)
+
+    def load(self) -> None:
+        """Change the model."""
+        for module, clones in zip(self.modules, self.clones, strict=True):
+            for kernel in module._kernels():
+                kernel.emb_module.forget()
+            if module._stores is not None:
+                module._stores.clear(clones)
+            for kernel in fused_kernels(module._lookups):
+                progress = saved_progress(kernel, self.manifest.optimizer)
+                if progress is not None:
+                    restore_progress(kernel, progress)
+        for table, directory in self.left:
+            _fill(table, directory, self.manifest, self.sources)
+
+    def clean_up(self) -> None:
+        """Remove every clone that took no store's place."""
+        self.stack.close()
+        for clones in self.clones:
+            remove_clones(clones)
 
 
 def _check_table(table: LocalTable, manifest: Manifest, path: Path) -> None:
@@ -83,9 +162,7 @@ def _check_table(table: LocalTable, manifest: Manifest, path: Path) -> None:
             f"table {ours.name!r}: rows never written start from {theirs.init} in {path}, from {ours.init} in the "
             "model; use the same seed and weight_init_min / weight_init_max"
         )
-    shards = [s for part in manifest.parts for s in part.shards.values() if s.table == ours.name]
-    if table.shard.cols != ours.dim or any(s.cols != ours.dim for s in shards):
-        raise UnsupportedError(f"table {ours.name!r}: column shards cannot be loaded; shard it by table or by row")
+    check_cover(manifest, theirs)
 
 
 def _said(value: object) -> str:
@@ -93,71 +170,38 @@ def _said(value: object) -> str:
     return f"{[s.name for s in value]}" if isinstance(value, tuple) else str(value)
 
 
-def _load(modules: list[TurboSSDShardedEmbeddingBagCollection], manifest: Manifest, path: Path) -> None:
-    tables: dict[str, list[LocalTable]] = {}
-    for module in modules:
-        module.forget()
-        for table in module._local():
-            tables.setdefault(table.shard.table.name, []).append(table)
-            if not table.on_ssd:
-                _fill(table, manifest)
-    # On the snapshot's own file system, where a clone is made of hard links.
-    scratch = Path(tempfile.mkdtemp(prefix=".turbossd-load-", dir=path.absolute().parent))
-    try:
-        for part in manifest.stores:
-            wanted = {key: s for key, s in part.shards.items() if any(_overlap(s, t) for t in tables.get(s.table, []))}
-            if wanted:
-                _load_part(path / part.directory, scratch / part.directory, part, manifest, tables)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _live_shards(module: TurboSSDShardedModule) -> Iterable[tuple[Path, dict[str, ShardRange]]]:
+    """The live stores of a module: directory, and what each key holds."""
+    if module._stores is None:
+        return
+    ranges = {t.shard.key: ShardRange.of(t.shard) for t in module._local() if t.on_ssd and t.shard.rows}
+    for directory, store in module._stores.each():
+        yield directory, {key: ranges[key] for key in store.row_bytes if key in ranges}
 
 
-def _fill(table: LocalTable, manifest: Manifest) -> None:
-    """Give a resident table the values of rows never written, because a part holds only those that were."""
-    shard = table.shard
-    source = type(shard)(
-        table=manifest.table(shard.table.name),
-        row_offset=shard.row_offset,
-        rows=shard.rows,
-        col_offset=shard.col_offset,
-        cols=shard.cols,
-    )
-    for ids in in_windows(shard.rows, _WINDOW_ROWS):
-        table.write(ids, initial_rows(source, ids + shard.row_offset))
+def _not_in(clones: dict[Path, Path], module: TurboSSDShardedModule) -> Iterable[tuple[LocalTable, Path | None]]:
+    """The tables of a module that no clone holds, each with the directory of its live store."""
+    places = {key: directory for directory, shards in _live_shards(module) for key in shards}
+    for table in module._local():
+        directory = places.get(table.shard.key) if table.on_ssd else None
+        if table.shard.rows and (directory is None or directory not in clones):
+            yield table, directory
 
 
-def _overlap(found: ShardRange, table: LocalTable) -> bool:
-    first, stop = found.row_offset, found.row_offset + found.rows
-    return first < table.shard.row_offset + table.shard.rows and table.shard.row_offset < stop
-
-
-def _load_part(source: Path, clone: Path, part: Part, manifest: Manifest, tables: dict[str, list[LocalTable]]) -> None:
-    # Opening a store writes to its directory.
-    clone_directory(source, clone)
-    sizes = {key: manifest.table(s.table).row_bytes for key, s in part.shards.items()}
-    store = RocksRowStore(clone, sizes, create=False, read_only=True)
-    try:
-        for key, found in part.shards.items():
-            for table in tables.get(found.table, []):
-                if _overlap(found, table):
-                    _copy(store, key, table)
-    finally:
-        store.close()
-
-
-def _copy(store: RowStore, key: str, table: LocalTable) -> None:
-    first = table.shard.row_offset
-    for ids, rows in _until(store, key, first, first + table.shard.rows):
-        table.write(ids - first, rows)
-
-
-def _until(store: RowStore, key: str, first: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for ids, rows in store.scan(key, first, _WINDOW_ROWS):
-        inside = ids < stop
-        if bool(inside.any()):
-            yield ids[inside], rows[inside]
-        if not bool(inside.all()):
-            return
+def _fill(table: LocalTable, directory: Path | None, manifest: Manifest, sources: list[Source]) -> None:
+    """Give a table its rows; one on SSD is empty."""
+    shard, saved = table.shard, manifest.table(table.shard.table.name)
+    if not table.on_ssd:
+        # Of the values of rows never written, because a part holds only those that were.
+        whole = TableShard(
+            table=saved, row_offset=shard.row_offset, rows=shard.rows, col_offset=shard.col_offset, cols=shard.cols
+        )
+        for ids in in_windows(shard.rows, _WINDOW_ROWS):
+            table.write(ids, initial_rows(whole, ids + shard.row_offset))
+    for ids, rows in merged_rows(saved, sources, shard):
+        if directory is not None:
+            check_space(directory, rows.numel())
+        table.write(ids - shard.row_offset, rows)
 
 
 __all__ = ["load_snapshot"]

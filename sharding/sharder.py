@@ -28,7 +28,8 @@ class TurboSSDSharder:
             PARTIAL_ROWWISE_LAMB or LARS_SGD.
         stock: keyword arguments of TorchRec's sharder.
         load_factor: share of a shard's rows that get slots when the plan says nothing.
-        seed: of rows never written. policy: an eviction policy by name. read_threads: for each store.
+        seed: of rows never written. policy: an eviction policy by name. read_threads: for each store;
+            None: a rank's share of the machine's cores, 2 to 8.
     """
 
     _OURS: tuple[str, ...]
@@ -43,7 +44,7 @@ class TurboSSDSharder:
         load_factor: float = 0.2,
         seed: int = 0,
         policy: str = DEFAULT_POLICY,
-        read_threads: int = 2,
+        read_threads: int | None = None,
         **stock: Any,
     ) -> None:
         super().__init__(  # type: ignore[call-arg]

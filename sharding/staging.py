@@ -19,7 +19,9 @@ from torchrec_turbossd.sharding.lazy_rows import LazyRows
 from torchrec_turbossd.sharding.lazy_sharded import LazyShardedTensor
 from torchrec_turbossd.sharding.row_columns import LiveRows, RowColumns
 from torchrec_turbossd.store.contract import RowStore
+from torchrec_turbossd.store.known_rows import KnownRowsStore
 from torchrec_turbossd.store.rocks import RocksOptions, RocksRowStore
+from torchrec_turbossd.store.write_back import WriteBackStore
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.cached_rows import stored_rows
 
@@ -31,8 +33,10 @@ class _Checkpoint:
     """A store as it was, in hard links beside the live one; they go when nobody needs them any more."""
 
     def __init__(self, live: RowStore) -> None:
-        # The live store of training answers from memory what its database has yet to take.
-        source = getattr(live, "inner", live)
+        # The live store of training answers from memory what its database has yet to take, or cannot have.
+        source = live
+        while isinstance(source, WriteBackStore | KnownRowsStore):
+            source = source.inner
         if not isinstance(source, RocksRowStore):
             raise UnsupportedError(f"rows in a {type(live).__name__} cannot be staged; save with dcp.save instead")
         name = f".{source.path.name}.staged-"

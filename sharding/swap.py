@@ -55,7 +55,7 @@ def swap_to_turbo_ssd(
     A plan is swapped before the model is sharded with it. A model keeps its numbers: rows, optimizer state, step count
     and learning rate of the swapped modules are carried over, and training goes on as it would have; every rank calls
     this, between steps. While rows are carried over both forms of a module are in memory. Optimizers and pipelines
-    that were made from the model before are to be made anew.
+    that were made from the model before are to be made anew, and hooks on the swapped modules registered anew.
 
     Args:
         tables: names of tables; None: those whose kernel is KEY_VALUE.
@@ -155,6 +155,7 @@ def _swap_modules(model: DistributedModelParallel, plans: Mapping[str, _ModulePl
             module.close()
         raise
     for path, module in made.items():
+        module.train(modules[path].training)
         if path:
             parent, _, name = path.rpartition(".")
             setattr(root.get_submodule(parent), name, module)

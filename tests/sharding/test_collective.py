@@ -28,6 +28,29 @@ def test_work_may_outlast_the_time_out_of_a_collective() -> None:
     assert run_ranks(2, _long_work) == [[0, 1], [0, 1]]
 
 
+def _alone(rank: int, world: int) -> tuple[list[str], float]:
+    collective.HEARTBEAT_S = 0.2
+    group, ended = dist.new_group(timeout=timedelta(seconds=1)), []
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(5)
+        return ended, 0.0
+
+    def work() -> None:
+        time.sleep(2)
+        ended.append("work")
+
+    with pytest.raises(RuntimeError):
+        collective.everywhere(group, work)
+    return ended, time.monotonic() - start
+
+
+def test_a_rank_that_does_not_answer_is_not_waited_for() -> None:
+    (ended, took), _ = run_ranks(2, _alone)
+    # Its own work has ended, so that what it wrote can be removed.
+    assert ended == ["work"] and took < 4.5
+
+
 def _failing(rank: int, world: int) -> None:
     def work() -> None:
         if rank == 1:

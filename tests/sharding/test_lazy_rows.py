@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -247,3 +247,52 @@ def test_more_than_the_memory_that_is_free_is_refused(
 def test_windows_are_sized_by_bytes() -> None:
     assert windows.window_rows(516) == (16 << 20) // 516 and windows.window_rows(1 << 30) == 1
     assert list(windows.windows(7, 3)) == [(0, 3), (3, 3), (6, 1)] and list(windows.windows(0, 3)) == []
+
+
+LOST: dict[str, Callable[[Any], Any]] = {
+    "a column": lambda w: w.__setitem__((slice(None), 2), 1.0),
+    "a number": lambda w: w.__setitem__((3, 2), 1.0),
+    "steps": lambda w: w.__setitem__(slice(None, None, 2), 1.0),
+    "rows by index": lambda w: w.__setitem__(torch.tensor([1, 5]), 1.0),
+    "viewed": lambda w: w.view(-1).fill_(1.0),
+    "a view of a view": lambda w: w.view(-1)[3:5].zero_(),
+    "transposed": lambda w: w.t().zero_(),
+    "split": lambda w: w.split(3)[0].unbind()[0].zero_(),
+    "index_fill_": lambda w: w.index_fill_(0, torch.tensor([2]), 1.0),
+    "index_add_": lambda w: w.index_add_(0, torch.tensor([2]), torch.ones(1, w.shape[1])),
+    "scatter_": lambda w: w.scatter_(0, torch.zeros(1, w.shape[1], dtype=torch.int64), 1.0),
+    "cumsum_": lambda w: w.cumsum_(0),
+    "foreach": lambda w: torch._foreach_mul_([w], 2.0),
+    "out": lambda w: torch.add(torch.ones(w.shape), 1.0, out=w),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_writes_that_would_be_lost_are_refused(bench: Bench, name: str) -> None:
+    before = bench.lazy(0).materialise()
+    with pytest.raises(InputError, match=r"copy_\(values\)"):
+        LOST[name](bench.lazy(0))
+    assert torch.equal(bench.lazy(0).materialise(), before)
+
+
+@pytest.mark.parametrize("index", [3, -1, slice(2, 7), slice(None), slice(-3, None)])
+def test_rows_are_assigned(bench: Bench, index: Any) -> None:
+    lazy, plain = bench.lazy(0), bench.plain(0).clone()
+    for value in (2.5, torch.arange(float(plain.shape[1]))):
+        lazy[index] = value
+        plain[index] = value
+        assert torch.equal(bench.lazy(0).materialise(), plain)
+    with pytest.raises(IndexError):
+        lazy[len(plain)] = 1.0
+
+
+def test_copies_are_read_like_any_tensor(bench: Bench) -> None:
+    row = bench.lazy(0)[3]
+    assert (
+        type(row + 1) is torch.Tensor
+        and row.numpy().shape == row.shape
+        and float(row.sum()) == float(row.clone().sum())
+    )
+    changed = row.clone()
+    changed.zero_()
+    assert type(torch.stack([row, row])) is torch.Tensor and row.tolist() == bench.lazy(0).materialise()[3].tolist()

@@ -10,7 +10,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec.distributed import DistributedModelParallel
 
 from tests.ranks import run_ranks
-from tests.sharding.models import FEATURES, Model, batch, fused_params, local_rows, make_dmp, make_plan, train
+from tests.sharding.models import FEATURES, ROWS, Model, batch, fused_params, local_rows, make_dmp, make_plan, train
 from torchrec_turbossd.sharding import TurboSSDEmbeddingBagCollectionSharder, save_snapshot
 from torchrec_turbossd.tbe.layout import Bounds
 
@@ -32,8 +32,8 @@ def _learning_rate(rank: int, world: int, directory: Path) -> None:
     rows = [local_rows(dmp.state_dict()) for dmp in (ours, stock)]
     if not all(torch.equal(x[1], y[1]) for key in rows[0] for x, y in zip(rows[0][key], rows[1][key], strict=True)):
         raise AssertionError("rows differ")
-    saved = save_snapshot(ours, directory / "saved").extra["learning_rates"]
-    if not saved or any(rate != 0.5 for rate in saved.values()):
+    saved = save_snapshot(ours, directory / "saved").optimizer
+    if set(saved) != set(ROWS) or any(progress.learning_rate != 0.5 for progress in saved.values()):
         raise AssertionError(f"the snapshot says {saved}")
     ours.module.ebc.close()
 
@@ -48,6 +48,8 @@ def _prefetch(rank: int, world: int, directory: Path) -> None:
     inputs = ebc.input_dist(context, features).wait().wait()
     for lookup, each in zip(ebc._lookups, inputs, strict=True):
         lookup.prefetch(each)
+    for kernel in ebc._kernels():
+        kernel.emb_module._prefetched.settle()
     caches = [kernel.emb_module.rows.cache for kernel in ebc._kernels()]
     if not caches or not all(cache.pinned_slots for cache in caches):
         raise AssertionError("prefetched rows must be in slots and stay there")

@@ -289,31 +289,6 @@ def test_a_module_with_weights_is_loaded(tmp_path: Path) -> None:
     run_ranks(2, _weights_given, tmp_path)
 
 
-def test_no_directory_is_an_error() -> None:
-    from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
-    from torchrec_turbossd.tables import TableShard, TableSpec
-
-    shard = TableShard.whole(TableSpec(name="t", rows=5, dim=4))
-    with pytest.raises(ConfigError, match="ssd_directory"):
-        RankStores(StoreOptions(), "ebc", (0, 0), [(shard, None)])
-
-
-def test_each_table_may_name_its_ssd(tmp_path: Path) -> None:
-    from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
-    from torchrec_turbossd.tables import TableShard, TableSpec
-
-    shards = [TableShard.whole(TableSpec(name=n, rows=5, dim=4)) for n in "ab"]
-    own = str(tmp_path / "disk@local_rank")
-    stores = RankStores(
-        StoreOptions(ssd_directory=tmp_path / "base"), "m.ebc", (3, 1), [(shards[0], own), (shards[1], None)]
-    )
-    assert (tmp_path / "disk1" / "rank_3" / "m.ebc").is_dir() and (tmp_path / "base" / "rank_3" / "m.ebc").is_dir()
-    rows = torch.ones(1, 16, dtype=torch.uint8)
-    stores.store.write({"a": (torch.tensor([2]), rows), "b": (torch.tensor([4]), rows)})
-    assert torch.equal(stores.store.read("b", torch.tensor([4]))[0], rows)
-    stores.close()
-
-
 def test_initial_rows_are_the_same_however_a_table_is_sharded() -> None:
     config = Model().ebc.embedding_bag_configs()[0]
     whole = initial("big", config)
@@ -369,16 +344,3 @@ def test_each_shard_takes_its_own_slots_of_the_plan() -> None:
     assert [slots(place, (7, 11)) for place in (0, 1)] == [7, 11]
     with pytest.raises(ConfigError, match="slots for 3 shards, but there are 2"):
         slots(0, (7, 11, 13))
-
-
-def test_live_rows_are_never_resumed(tmp_path: Path) -> None:
-    from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
-    from torchrec_turbossd.tables import TableShard, TableSpec
-
-    shards: list[Any] = [(TableShard.whole(TableSpec(name="t", rows=5, dim=4)), None)]
-    for _ in range(2):
-        stores = RankStores(StoreOptions(ssd_directory=tmp_path), "ebc", (0, 0), shards)
-        assert not stores.store.read("t", torch.tensor([2]))[1].any()
-        stores.store.write({"t": (torch.tensor([2]), torch.ones(1, 16, dtype=torch.uint8))})
-        stores.store.flush()
-        stores.close()

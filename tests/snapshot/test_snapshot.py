@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torchrec_turbossd.errors import CorruptError, FormatVersionError, SnapshotE
 from torchrec_turbossd.snapshot import (
     MANIFEST_FILE,
     Manifest,
+    OptimizerProgress,
     Part,
     ShardRange,
     commit_snapshot,
@@ -24,6 +27,7 @@ from torchrec_turbossd.snapshot import (
     staging_directory,
     verify,
 )
+from torchrec_turbossd.snapshot.manifest import FORMAT_VERSION
 from torchrec_turbossd.store import MemoryRowStore
 from torchrec_turbossd.tables import InitRule, StateSpec, TableSpec
 
@@ -46,6 +50,31 @@ def test_manifest_survives_the_file(snapshot: Path) -> None:
     assert manifest.parts[0].shards["a"] == ShardRange(table="a", rows=50, cols=4)
 
 
+def test_format_1_has_no_optimizer_and_an_old_name(snapshot: Path) -> None:
+    def change(body: dict[str, Any]) -> None:
+        del body["optimizer"]
+        body["format_version"] = 1
+        body["tables"][0]["state"] = [{"name": "momentum1", "per_row": False}, {"name": "momentum2", "per_row": True}]
+
+    edit_manifest(snapshot, change, sign=True)
+    manifest = read_manifest(snapshot)
+    assert manifest.optimizer == {} and manifest.format_version == 1
+    assert [(s.name, s.per_row) for s in manifest.tables[0].state] == [("momentum1", False), ("exp_avg_sq", True)]
+
+
+@pytest.mark.parametrize("field", ["iter", "learning_rate", "next_learning_rate"])
+def test_an_optimizer_has_all_its_fields(snapshot: Path, field: str) -> None:
+    progress = OptimizerProgress(iter=3, learning_rate=0.1, next_learning_rate=0.2)
+    manifest = replace(read_manifest(snapshot), optimizer={"a": progress})
+    assert Manifest.loads(manifest.dumps(), "here").optimizer == {"a": progress}
+    with pytest.raises(SnapshotError, match="'b'"):
+        replace(manifest, optimizer={"b": progress})
+    (snapshot / MANIFEST_FILE).write_text(manifest.dumps())
+    edit_manifest(snapshot, lambda body: body["optimizer"]["a"].pop(field), sign=True)
+    with pytest.raises(CorruptError, match="lacks a field"):
+        read_manifest(snapshot)
+
+
 def test_extra_may_hold_what_json_holds() -> None:
     extra = {"lr": 0.1, "nested": {3: [1, None]}, "10": 1, "9": 2}
     parts = (Part(directory="p", shards={}),)
@@ -54,7 +83,7 @@ def test_extra_may_hold_what_json_holds() -> None:
     assert read.extra == json.loads(json.dumps(extra))
 
 
-def edit_manifest(path: Path, change: Callable[[dict[str, object]], object], *, sign: bool) -> None:
+def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object], *, sign: bool) -> None:
     """Change the manifest's JSON; with `sign` its digest fits again."""
     file = path / MANIFEST_FILE
     body = json.loads(file.read_text())
@@ -82,7 +111,7 @@ def foreign(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    edit_manifest(path, lambda body: body.update(format_version=2), sign=False)
+    edit_manifest(path, lambda body: body.update(format_version=FORMAT_VERSION + 1), sign=False)
 
 
 def short_file(path: Path) -> None:
@@ -144,7 +173,7 @@ DAMAGE: list[tuple[Callable[[Path], None], type[TurboSSDError], str]] = [
     (shutil.rmtree, SnapshotError, "not a directory"),
     (remove_manifest, SnapshotError, "no MANIFEST.json"),
     (foreign, SnapshotError, "not a snapshot manifest"),
-    (newer, FormatVersionError, "format 2, this release reads up to 1"),
+    (newer, FormatVersionError, "format 3, this release reads up to 2"),
     (short_file, CorruptError, "bytes, its manifest says"),
     (missing_file, SnapshotError, "lacks"),
     (added_file, SnapshotError, "LOG"),

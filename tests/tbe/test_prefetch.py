@@ -118,12 +118,10 @@ def test_closing_waits_for_what_is_on_its_way(device: str, monkeypatch: pytest.M
     held.open.clear()
     before = set(threading.enumerate())
     pair.ours.prefetch(*pair.batch(5))
-    (mine,) = [t for t in set(threading.enumerate()) - before if "turbossd-prefetch" in t.name]
     threading.Timer(0.2, held.open.set).start()
     pair.ours.close()
     assert held.open.is_set() and pair.ours.rows.cache.pinned_slots == 0
-    mine.join(PATIENCE_S)
-    assert not mine.is_alive()
+    assert not [t.name for t in set(threading.enumerate()) - before if "turbossd-" in t.name]
 
 
 @pytest.mark.parametrize("slots", [(12, 9), (60, 40), (110, 80)])
@@ -222,3 +220,37 @@ def test_a_batch_of_the_same_shape_is_not_taken_for_the_prefetched_one(device: s
     pair.ours.prefetch(prefetched, offsets)
     for ids in (other, prefetched):
         assert torch.equal(pair.ours(ids, offsets), pair.stock(ids, offsets))
+
+
+def test_lookups_count_once_however_often_they_are_prefetched(device: str) -> None:
+    pair = Pair(device, (60, 40))
+    for seed in range(20):
+        pair.ours.prefetch(*pair.batch(seed))
+    batches = [pair.batch(seed) for seed in (3, 40, 41)]
+    for ids, offsets in batches:
+        pair.ours.prefetch(ids, offsets)
+        pair.ours(ids, offsets).sum().backward()
+    reads = pair.ours.rows.counters.read().values()
+    assert sum(r.read_total_count for r in reads) == sum(ids.numel() for ids, _ in batches)
+
+
+def test_other_offsets_are_another_batch() -> None:
+    pair = Pair("cpu", (110, 80))
+    ids, offsets = pair.batch(1)
+    pair.ours.prefetch(ids, offsets)
+    other = offsets.clone()
+    # All lookups are of the second table.
+    other[1:-1] = 0
+    ids.clamp_(max=ROWS[1] - 1)
+    pair.ours.prefetch(ids, offsets)
+    assert torch.equal(pair.ours(ids, other), pair.stock(ids, other))
+    pair.ours._prefetched.end_all()
+    pair.same()
+
+
+def test_prefetched_batches_do_not_keep_rows_from_being_loaded(device: str) -> None:
+    pair = Pair(device, (110, 80))
+    pair.ours.prefetch(*pair.batch(1))
+    pair.ours.check_idle()
+    pair.ours.forget()
+    assert torch.equal(pair.ours(*pair.batch(1)), pair.stock(*pair.batch(1)))

@@ -17,14 +17,12 @@ from torchrec_turbossd.errors import ConfigError, UnknownTableError, Unsupported
 from torchrec_turbossd.rows import quantise
 from torchrec_turbossd.snapshot.in_order import in_order
 from torchrec_turbossd.snapshot.manifest import Manifest, Part, ShardRange
-from torchrec_turbossd.snapshot.merge import Source, check_cover, merged_weights
+from torchrec_turbossd.snapshot.merge import Source, check_cover, merged_rows
+from torchrec_turbossd.snapshot.parts import open_parts
 from torchrec_turbossd.snapshot.verify import verify
 from torchrec_turbossd.snapshot.write import commit_snapshot, digest_part, staging_directory
-from torchrec_turbossd.store.checkpoint import clone_directory
-from torchrec_turbossd.store.contract import Rows, RowStore
-from torchrec_turbossd.store.layered import LayeredRowStore
+from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.store.layered_writer import LayeredWriter
-from torchrec_turbossd.store.rocks import RocksRowStore
 from torchrec_turbossd.tables import SERVING_TYPES, TRAINING_TYPES, TableShard, TableSpec, with_type
 
 Progress = Callable[[int, int], None]
@@ -72,7 +70,7 @@ def convert_to_serving(
         scratch = staging / ".scratch"
         scratch.mkdir()
         with ExitStack() as stack:
-            sources = _open_parts(manifest, Path(training_path), scratch, stack)
+            sources = open_parts(manifest, Path(training_path), scratch, stack)
             write_rows(staging, targets, _rows(pairs, targets, sources), progress)
         shutil.rmtree(scratch)
         return commit_rows(staging, serving_path, targets, version=manifest.version, extra=manifest.extra)
@@ -161,30 +159,15 @@ def serving_table(table: TableSpec, data_type: SparseType) -> TableSpec:
     return with_type(table, data_type)
 
 
-def _open_parts(manifest: Manifest, path: Path, scratch: Path, stack: ExitStack) -> list[Source]:
-    """Every shard of every part. Parts are cloned first, because opening a store writes to its directory."""
-    sources = []
-    for part in manifest.stores:
-        clone_directory(path / part.directory, scratch / part.directory)
-        sizes = {key: manifest.table(s.table).row_bytes_of(s.cols) for key, s in part.shards.items()}
-        store: RowStore
-        if part.store == "layered":
-            rows = {key: manifest.table(s.table).rows for key, s in part.shards.items()}
-            store = LayeredRowStore(scratch / part.directory, sizes, rows, create=False)
-        else:
-            store = RocksRowStore(scratch / part.directory, sizes, create=False, read_only=True)
-        stack.callback(store.close)
-        sources += [Source(store=store, key=key, range=shard) for key, shard in part.shards.items()]
-    return sources
-
-
 def _rows(
     pairs: list[tuple[TableSpec, SparseType]], targets: list[TableSpec], sources: list[Source]
 ) -> Iterator[Window]:
     """The windows of all tables in turn."""
     before = 0
     for (table, data_type), target in zip(pairs, targets, strict=True):
-        held = merged_weights(table, [s for s in sources if s.range.table == table.name])
+        # Without its state.
+        whole = TableShard.whole(with_type(table, table.data_type))
+        held = merged_rows(table, sources, whole)
         final = partial(_final_of, table, data_type)
         for ids, rows in in_order(final, held):
             yield before + int(ids[-1]) + 1, target.name, (ids, rows)

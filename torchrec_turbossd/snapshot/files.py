@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from torchrec_turbossd.snapshot.manifest import FileDigest
 _CHUNK = 16 << 20
 _THREADS, _NICE = 2, 10
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_SPARE_BYTES = 4 << 20
 
 
 @contextmanager
@@ -98,6 +100,17 @@ def check_files(directory: Path, files: dict[str, FileDigest], *, deep: bool = T
             raise CorruptError(f"{directory / name} does not match its digest; restore the snapshot from a copy")
 
 
+def check_space(directory: Path, need: int) -> None:
+    """Raise `StoreFullError` unless `need` bytes can be written under `directory`, which exists, and some are spare."""
+    with file_errors(directory):
+        free = shutil.disk_usage(directory).free
+    if free < need + _SPARE_BYTES:
+        raise StoreFullError(
+            f"no space left at {directory}: {need} bytes are to be written and {_SPARE_BYTES} to stay spare, {free} "
+            "are free; free some space and try again"
+        )
+
+
 def sync_file(path: Path) -> None:
     """Make a file's bytes durable, or a directory's names."""
     handle = os.open(path, os.O_RDONLY)
@@ -133,6 +146,7 @@ def _some(names: list[str]) -> str:
 
 __all__ = [
     "check_files",
+    "check_space",
     "digest_file",
     "digest_files",
     "file_errors",

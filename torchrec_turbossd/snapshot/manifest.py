@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,7 +13,7 @@ from torchrec_turbossd.errors import CorruptError, FormatVersionError, SnapshotE
 from torchrec_turbossd.tables import TableShard, TableSpec
 
 FORMAT = "torchrec_turbossd.snapshot"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "MANIFEST.json"
 KINDS = ("training", "serving")
 HOT = "hot"
@@ -21,6 +21,9 @@ STORES = ("rocks", "layered", HOT)
 
 FileDigest = tuple[int, str]
 """(bytes of a file, its SHA-256 in hexadecimal)."""
+
+_OLD_STATE_NAMES = {"momentum2": "exp_avg_sq"}
+"""What format 1 called the second state of Adam and LAMB, and what TorchRec and format 2 do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,26 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizerProgress:
+    """How far the fused optimizer of a table is.
+
+    iter: its step count, which optimizers such as Adam compute with. learning_rate: what its kernel updates rows with.
+    next_learning_rate: what its parameter group says, which its next `zero_grad` or `step` gives to the kernel.
+    """
+
+    iter: int
+    learning_rate: float
+    next_learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that is known of a snapshot before a row of it is read.
 
     kind: "training" (weights and state) or "serving" (weights in their final type).
     id: a UUID in hexadecimal. version: a number that rises from one snapshot of a model to the next.
     files: of each file, by its path under the snapshot with "/" between names, bytes and SHA-256.
+    optimizer: of each table by name, in training snapshots from format 2 on.
     extra: what the writer wants to find again; anything JSON holds.
     """
 
@@ -73,6 +90,7 @@ class Manifest:
     tables: tuple[TableSpec, ...]
     parts: tuple[Part, ...]
     files: Mapping[str, FileDigest]
+    optimizer: Mapping[str, OptimizerProgress] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -89,6 +107,9 @@ class Manifest:
             raise SnapshotError(f"a snapshot's parts need folders of their own, got {directories}")
         for name in (*directories, *self.files):
             _check_path(name)
+        unknown = sorted(set(self.optimizer) - set(known))
+        if unknown:
+            raise SnapshotError(f"a snapshot has no optimizer of a table that it lacks, got {unknown}")
         for part in self.parts:
             if part.store not in STORES:
                 raise SnapshotError(f"a part's store is {' or '.join(STORES)}, got {part.store!r}")
@@ -131,6 +152,7 @@ class Manifest:
                 for p in self.parts
             ],
             "files": {name: list(digest) for name, digest in self.files.items()},
+            "optimizer": {name: vars(progress) for name, progress in self.optimizer.items()},
             "extra": dict(self.extra),
         }
 
@@ -179,16 +201,34 @@ class Manifest:
             )
             for p in body["parts"]
         ]
+        tables = [TableSpec.from_json(t) for t in body["tables"]]
+        is_old = body["format_version"] < 2
         return cls(
             kind=body["kind"],
             id=body["id"],
             version=int(body["version"]),
-            tables=tuple(TableSpec.from_json(t) for t in body["tables"]),
+            tables=tuple(map(_with_new_names, tables) if is_old else tables),
             parts=tuple(parts),
             files={name: (int(size), str(digest)) for name, (size, digest) in body["files"].items()},
+            optimizer={} if is_old else _optimizer_from(body["optimizer"]),
             extra=body["extra"],
             format_version=body["format_version"],
         )
+
+
+def _optimizer_from(found: Mapping[str, Mapping[str, Any]]) -> dict[str, OptimizerProgress]:
+    return {
+        name: OptimizerProgress(
+            iter=int(progress["iter"]),
+            learning_rate=float(progress["learning_rate"]),
+            next_learning_rate=float(progress["next_learning_rate"]),
+        )
+        for name, progress in found.items()
+    }
+
+
+def _with_new_names(table: TableSpec) -> TableSpec:
+    return replace(table, state=tuple(replace(s, name=_OLD_STATE_NAMES.get(s.name, s.name)) for s in table.state))
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -222,6 +262,7 @@ __all__ = [
     "STORES",
     "FileDigest",
     "Manifest",
+    "OptimizerProgress",
     "Part",
     "ShardRange",
 ]

@@ -1,4 +1,12 @@
-"""The rows of one table out of all parts of a snapshot, ascending, joined by columns, a window at a time."""
+"""The rows of a shard out of all parts of a snapshot, ascending, joined and cut by columns, a window at a time.
+
+Weights and state of an element go where the element goes. A row-wise state, one number for each row of a column shard,
+has no exact place in other columns: a shard takes the mean over the saved shards that it overlaps, weighted by the
+columns that it shares with each. Row-wise Adagrad and row-wise Adam add up means of squared gradients over a shard's
+columns, and the weighted mean of such sums is what a shard of those columns would have added up for the same gradients.
+So joining gives the state of the whole row, cutting gives every piece that of the row, and where a range is as it was
+saved the state is too.
+"""
 
 from __future__ import annotations
 
@@ -57,18 +65,23 @@ def _check_rows(table: TableSpec, shards: Sequence[ShardRange]) -> None:
         raise SnapshotError(f"table {table.name!r}: the snapshot's parts hold {at} of {table.rows} rows")
 
 
-def merged_weights(table: TableSpec, sources: Sequence[Source]) -> Iterator[Rows]:
-    """Written rows of `table`: (global ids [N] ascending, weights [N, weight bytes] uint8), without state.
+def merged_rows(table: TableSpec, sources: Sequence[Source], target: TableShard) -> Iterator[Rows]:
+    """Written rows of `target`, put together from the shards that hold some of its cells.
 
-    A row that one column shard holds and another lacks was never written there: the rule of such rows gives its value.
+    A row that one column shard holds and another lacks was never written there: the rule of such rows gives its value,
+    and its state is zero.
 
     Args:
-        sources: shards that together cover the table (`check_cover`).
+        table: as it was saved.
+        sources: shards of it that together cover the target (`check_cover`); others are left alone.
+        target: a shard of the same table, of which state is left out where its `table` has none.
+
+    Yields:
+        (global ids [N] int64 ascending, rows [N, row bytes of the target] uint8).
     """
-    columns = sorted({(s.range.col_offset, s.range.cols) for s in sources})
-    streams = [
-        _Stream(table, [s for s in sources if s.range.col_offset == start], start, cols) for start, cols in columns
-    ]
+    near = [s for s in sources if overlaps(s.range, target)]
+    columns = sorted({(s.range.col_offset, s.range.cols) for s in near})
+    streams = [_Stream(table, [s for s in near if s.range.col_offset == start], target) for start, _ in columns]
     while True:
         # Up to here every stream is complete in memory.
         ends = [s.last for s in streams if s.last is not None]
@@ -77,28 +90,43 @@ def merged_weights(table: TableSpec, sources: Sequence[Source]) -> Iterator[Rows
         end = min(ends)
         taken = [s.take(end) for s in streams]
         ids = taken[0][0] if len(taken) == 1 else torch.unique(torch.cat([each for each, _ in taken]))
-        yield ids, torch.cat([s.spread(ids, *part) for s, part in zip(streams, taken, strict=True)], dim=1)
+        yield ids, _joined(streams, [s.spread(ids, *part) for s, part in zip(streams, taken, strict=True)], target)
+
+
+def overlaps(saved: ShardRange, target: TableShard) -> bool:
+    """Whether a saved shard holds cells of `target`."""
+    rows = min(saved.row_offset + saved.rows, target.row_offset + target.rows) - max(
+        saved.row_offset, target.row_offset
+    )
+    cols = min(saved.col_offset + saved.cols, target.col_offset + target.cols) - max(
+        saved.col_offset, target.col_offset
+    )
+    return saved.table == target.table.name and rows > 0 and cols > 0
 
 
 class _Stream:
-    """Weights of one range of columns, ascending by row, of which a window is in memory."""
+    """Rows of one range of columns, ascending, of which a window is in memory."""
 
-    def __init__(self, table: TableSpec, sources: Sequence[Source], start: int, cols: int) -> None:
-        self._shard = TableShard(table=table, rows=table.rows, col_offset=start, cols=cols)
-        self._width = weight_bytes(cols, table.data_type)
-        window = max(1, _WINDOW_BYTES // table.row_bytes_of(cols))
+    def __init__(self, table: TableSpec, sources: Sequence[Source], target: TableShard) -> None:
+        saved = sources[0].range
+        self.shard = TableShard(table=table, rows=table.rows, col_offset=saved.col_offset, cols=saved.cols)
+        window = max(1, _WINDOW_BYTES // self.shard.row_bytes)
+        first, self._stop = target.row_offset, target.row_offset + target.rows
         ordered = sorted(sources, key=lambda s: s.range.row_offset)
-        self._windows = (part for s in ordered for part in s.store.scan(s.key, window=window))
-        self._ids, self._rows = torch.empty(0, dtype=torch.int64), torch.empty(0, self._width, dtype=torch.uint8)
+        self._windows: Iterator[Rows] = (part for s in ordered for part in s.store.scan(s.key, first, window))
+        self._ids, self._rows = torch.empty(0, dtype=torch.int64), torch.empty(0, self.shard.row_bytes).byte()
 
     @property
     def last(self) -> int | None:
         """The last id in memory, after reading on where there is none; None at the end of the stream."""
-        if self._ids.numel() == 0:
+        while self._ids.numel() == 0:
             ids, rows = next(self._windows, (None, None))
             if ids is None or rows is None:
                 return None
-            self._ids, self._rows = ids, rows[:, : self._width]
+            inside = int(torch.searchsorted(ids, self._stop))
+            if inside < ids.numel():
+                self._windows = iter(())
+            self._ids, self._rows = ids[:inside], rows[:inside]
         return int(self._ids[-1])
 
     def take(self, end: int) -> Rows:
@@ -112,9 +140,55 @@ class _Stream:
         """Rows of all `ids`, of which `held` have `rows`."""
         if held.numel() == ids.numel():
             return rows
-        whole = initial_rows(self._shard, ids)[:, : self._width]
+        whole = initial_rows(self.shard, ids)
         whole[torch.searchsorted(ids, held)] = rows
         return whole
 
 
-__all__ = ["Source", "check_cover", "merged_weights"]
+@dataclass(frozen=True)
+class _Piece:
+    """What a stream gives to a target: its columns [first, stop), counted within the stream, and its rows."""
+
+    shard: TableShard
+    first: int
+    stop: int
+    rows: Tensor
+
+    def elements(self, start: int, size: int) -> Tensor:
+        """The piece's columns of an array of elements of `size` bytes that starts at byte `start` of a row."""
+        return self.rows[:, start + self.first * size : start + self.stop * size]
+
+
+def _joined(streams: Sequence[_Stream], rows: Sequence[Tensor], target: TableShard) -> Tensor:
+    """Rows of `target` out of those of the streams that it overlaps, in order of columns."""
+    shards = [s.shard for s in streams]
+    if len(shards) == 1 and (shards[0].col_offset, shards[0].cols) == (target.col_offset, target.cols):
+        return rows[0][:, : target.row_bytes]
+    pieces = []
+    for shard, each in zip(shards, rows, strict=True):
+        first = max(target.col_offset, shard.col_offset) - shard.col_offset
+        stop = min(target.col_offset + target.cols, shard.col_offset + shard.cols) - shard.col_offset
+        pieces.append(_Piece(shard, first, stop, each))
+    element = weight_bytes(1, target.table.data_type)
+    parts = [p.elements(0, element) for p in pieces]
+    at = [weight_bytes(p.shard.cols, target.table.data_type) for p in pieces]
+    for state in target.table.state:
+        if state.per_row:
+            parts.append(_mean(pieces, at))
+        else:
+            parts += [p.elements(start, 4) for p, start in zip(pieces, at, strict=True)]
+        at = [start + state.row_bytes(p.shard.cols) for p, start in zip(pieces, at, strict=True)]
+    return torch.cat(parts, dim=1)
+
+
+def _mean(pieces: Sequence[_Piece], at: Sequence[int]) -> Tensor:
+    """The float32 at byte `at` of each row, weighted by columns: [N, 4] uint8."""
+    total = torch.zeros(pieces[0].rows.shape[0], dtype=torch.float64)
+    for piece, start in zip(pieces, at, strict=True):
+        values = piece.rows[:, start : start + 4].contiguous().view(torch.float32).flatten()
+        # In float64, where equal numbers have exactly themselves as their mean.
+        total += values.double() * (piece.stop - piece.first)
+    return (total / sum(p.stop - p.first for p in pieces)).float().unsqueeze(1).contiguous().view(torch.uint8)
+
+
+__all__ = ["Source", "check_cover", "merged_rows", "overlaps"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torchrec_turbossd.errors import SnapshotError
 from torchrec_turbossd.snapshot.files import check_files, file_errors, list_files
-from torchrec_turbossd.snapshot.manifest import MANIFEST_FILE, Manifest
+from torchrec_turbossd.snapshot.manifest import MANIFEST_FILE, Manifest, Part
 
 
 def read_manifest(path: Path | str) -> Manifest:
@@ -50,9 +51,19 @@ def verify(path: Path | str, *, deep: bool = True) -> Manifest:
         unknown = sorted(folders - {p.directory for p in manifest.parts})
         if unknown:
             raise SnapshotError(f"{path} holds the folders {', '.join(unknown[:3])}, which its manifest does not name")
-        for part in manifest.parts:
-            check_files(path / part.directory, manifest.files_of(part), deep=deep)
+    verify_parts(path, manifest, manifest.parts, deep=deep)
     return manifest
 
 
-__all__ = ["read_manifest", "verify"]
+def verify_parts(path: Path | str, manifest: Manifest, parts: Iterable[Part], *, deep: bool = True) -> None:
+    """Compare the files of some parts of the snapshot at `path` with its manifest; raises as `verify` does.
+
+    For several readers that share the work: one calls `verify(path, deep=False)`, and each this for its parts.
+    """
+    path = Path(path)
+    with file_errors(path):
+        for part in parts:
+            check_files(path / part.directory, manifest.files_of(part), deep=deep)
+
+
+__all__ = ["read_manifest", "verify", "verify_parts"]

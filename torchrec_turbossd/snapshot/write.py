@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ def new_staging(path: Path | str) -> Path:
         staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.staging")
         staging.mkdir(parents=True)
     return staging
+
+
+def remove_staging(path: Path | str) -> None:
+    """Remove what writers of a snapshot at `path` left that were killed; there must be none at work."""
+    path = Path(path).absolute()
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.staging")
+    with file_errors(path):
+        for found in path.parent.iterdir() if path.parent.is_dir() else ():
+            if left.fullmatch(found.name):
+                shutil.rmtree(found)
 
 
 @contextmanager
@@ -103,4 +114,11 @@ def _check_free(path: Path) -> None:
         raise SnapshotError(f"{path} is not a directory; a snapshot needs a path of its own")
 
 
-__all__ = ["commit_snapshot", "digest_part", "new_staging", "snapshot_part", "staging_directory"]
+__all__ = [
+    "commit_snapshot",
+    "digest_part",
+    "new_staging",
+    "remove_staging",
+    "snapshot_part",
+    "staging_directory",
+]

@@ -120,7 +120,13 @@ class CachedRows:
             except BaseException:
                 self.abandon(arrival)
                 raise
+            self.count(arrival)
             return self.settle(arrival, pin=pin)
+
+    def count(self, arrival: Arrival) -> None:
+        """Count the lookups of a batch that is used."""
+        tables = len(self.shards)
+        self.counters.add(arrival.batch.lookups(tables), arrival.misses(tables))
 
     def choose(self, batch: Batch) -> Arrival:
         """The first third of a `fetch`: which rows are absent, and which slots they will have.
@@ -162,7 +168,6 @@ class CachedRows:
             # A row that this batch brings in was not read before: policies tell apart what is read again.
             for run in batch.runs:
                 self.cache.touch(run.table, arrival.found[run.start : run.stop])
-            self.counters.add(batch.lookups(len(self.shards)), arrival.misses(len(self.shards)))
             slots = placed.to(torch.int64)
             at = self._concatenated(batch, slots) if pin else None
             if at is not None:
@@ -316,6 +321,12 @@ class CachedRows:
             for table in range(len(self.shards)):
                 self._write_back(table, self.cache.dirty(table)[0])
             self.store.flush()
+
+    def close(self) -> None:
+        """End the threads that read."""
+        if self._loaders is not None:
+            self._loaders.shutdown()
+            self._loaders = None
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -28,6 +28,26 @@ class TrainingRun:
         self.ended = False
 
 
+class _Waiting:
+    """A prefetched batch that waits for its forward."""
+
+    def __init__(self, indices: Tensor, offsets: Tensor, version: int, arrival: Arrival) -> None:
+        # Holding the tensor keeps its memory from being used again.
+        self._indices, self._offsets, self._version = indices, offsets, version
+        self.arrival = arrival
+        self.run = TrainingRun(arrival.batch, None)
+
+    def is_for(self, indices: Tensor, offsets: Tensor) -> bool:
+        """Whether this is the batch: the very memory of the ids, unchanged, cut up in the same way."""
+        held = self._indices
+        # Callers re-wrap tensors, so memory decides.
+        same = held.data_ptr() == indices.data_ptr() and held.shape == indices.shape and held.dtype == indices.dtype
+        if not same or _version(held) != self._version or self._offsets.shape != offsets.shape:
+            return False
+        # On CUDA the contents would have to be waited for.
+        return offsets.device.type != "cpu" or torch.equal(self._offsets.to(offsets.dtype), offsets)
+
+
 class Prefetcher:
     """The prefetched batches of one TBE, oldest first. Rows of at most one of them are on their way.
 
@@ -39,8 +59,8 @@ class Prefetcher:
 
     def __init__(self, rows: CachedRows, device: torch.device, end: Callable[[TrainingRun], None]) -> None:
         self._rows, self._device, self._end = rows, device, end
-        self._ready: deque[tuple[Tensor, int, TrainingRun]] = deque()
-        self._arriving: tuple[Arrival, Future[None], TrainingRun] | None = None
+        self._ready: deque[_Waiting] = deque()
+        self._arriving: tuple[Future[None], _Waiting] | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -55,15 +75,15 @@ class Prefetcher:
             arrival = self._rows.choose(batch)
         except CacheFullError:
             return
-        run = TrainingRun(batch, None)
+        waiting = _Waiting(indices, offsets, _version(indices), arrival)
         if arrival.chosen:
-            self._arriving = arrival, self._submit(arrival), run
+            self._arriving = self._submit(arrival), waiting
         else:
-            run.fetched = self._rows.settle(arrival, pin=True)
-        self._ready.append((indices, _version(indices), run))
+            waiting.run.fetched = self._rows.settle(arrival, pin=True)
+        self._ready.append(waiting)
         if len(self._ready) > _MOST_PREFETCHED:
             # Nobody came for it; its pins would stay for ever.
-            self._end(self._ready.popleft()[-1])
+            self._end(self._ready.popleft().run)
 
     def _submit(self, arrival: Arrival) -> Future[None]:
         if self._threads is None:
@@ -77,29 +97,30 @@ class Prefetcher:
         """Wait until no rows are on their way."""
         if self._arriving is None:
             return
-        arrival, arrived, run = self._arriving
+        arrived, waiting = self._arriving
+        # An interrupt here must leave the rows on their way.
+        wait([arrived])
         self._arriving = None
         try:
             arrived.result()
         except Exception:
             # Its forward brings the rows itself, and raises what still stands in the way.
-            self._rows.abandon(arrival)
-            self._ready = deque(entry for entry in self._ready if entry[-1] is not run)
+            self._rows.abandon(waiting.arrival)
+            self._ready = deque(each for each in self._ready if each is not waiting)
             return
-        run.fetched = self._rows.settle(arrival, pin=True)
+        waiting.run.fetched = self._rows.settle(waiting.arrival, pin=True)
 
-    def take(self, indices: Tensor) -> TrainingRun | None:
-        """The run of these indices; runs prefetched before it were never used and end here."""
+    def take(self, indices: Tensor, offsets: Tensor) -> TrainingRun | None:
+        """The run of this batch; runs prefetched before it were never used and end here."""
         self.settle()
-        for place, (held, version, run) in enumerate(self._ready):
-            # Callers re-wrap the tensor, so memory decides; `held` keeps that memory from being used again.
-            same = held.data_ptr() == indices.data_ptr() and held.shape == indices.shape and held.dtype == indices.dtype
-            if same and _version(held) == version:
+        for place, waiting in enumerate(self._ready):
+            if waiting.is_for(indices, offsets):
                 for _ in range(place):
-                    self._end(self._ready.popleft()[-1])
+                    self._end(self._ready.popleft().run)
                 self._ready.popleft()
-                self._record(run)
-                return run
+                self._rows.count(waiting.arrival)
+                self._record(waiting.run)
+                return waiting.run
         return None
 
     def _record(self, run: TrainingRun) -> None:
@@ -113,7 +134,7 @@ class Prefetcher:
         """Let the rows of every batch go; their forwards bring them anew."""
         self.settle()
         while self._ready:
-            self._end(self._ready.popleft()[-1])
+            self._end(self._ready.popleft().run)
 
     def close(self) -> None:
         """End every batch, and the thread."""

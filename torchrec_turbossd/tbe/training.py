@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +75,8 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             policy=self.options.policy,
             bounds=self.options.bounds,
         )
+        # One caller at a time but for backward in slots, which only lets rows go.
+        self._alone = threading.RLock()
         self._prefetched = Prefetcher(self.rows, self.device, functools.partial(_end, self.rows))
         self._orphans: deque[TrainingRun] = deque()
         self._stream: torch.cuda.Stream | None = None
@@ -98,14 +102,15 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         return tbe
 
     def prefetch(self, indices: Tensor, offsets: Tensor, forward_stream: Any = None) -> None:
-        """Bring a batch's rows into slots ahead of its `forward`, which must get the same `indices` tensor.
+        """Bring a batch's rows into slots ahead of its `forward`, which must get the same `indices` and `offsets`.
 
         A batch that does not fit beside those in flight is left to its forward.
         """
-        self._check_open()
-        self._order_streams()
-        self._retire_orphans()
-        self._prefetched.start(indices, offsets)
+        with self._alone:
+            self._check_open()
+            self._order_streams()
+            self._retire_orphans()
+            self._prefetched.start(indices, offsets)
 
     def forward(
         self,
@@ -123,17 +128,17 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                     f"{name} (variable batch size per feature) is not supported on SSD-backed tables"
                 )
         _check_weights(per_sample_weights, indices)
-        self._order_streams()
-        self._retire_orphans()
-        run = self._prefetched.take(indices)
-        if torch.is_grad_enabled():
-            return self._forward(
-                run or self._start(indices, offsets, pin=True), offsets, per_sample_weights, feature_requires_grad
-            )
-        # Without a backward to wait for, holding the lock is cheaper than pins.
-        with self.rows.lock:
-            run = run or self._start(indices, offsets, pin=False)
-            return self._forward(run, offsets, per_sample_weights, feature_requires_grad)
+        with self._alone:
+            self._order_streams()
+            self._retire_orphans()
+            run = self._prefetched.take(indices, offsets)
+            if torch.is_grad_enabled():
+                run = run or self._start(indices, offsets, pin=True)
+                return self._forward(run, offsets, per_sample_weights, feature_requires_grad)
+            # Without a backward to wait for, holding the lock is cheaper than pins.
+            with self.rows.lock:
+                run = run or self._start(indices, offsets, pin=False)
+                return self._forward(run, offsets, per_sample_weights, feature_requires_grad)
 
     def _forward(
         self, run: TrainingRun, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
@@ -168,6 +173,9 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         per_sample_weights: Tensor | None,
         feature_requires_grad: Tensor | None,
     ) -> Tensor:
+        if slots.is_inference() and torch.is_grad_enabled():
+            # Prefetched in inference mode, trained out of it.
+            slots = slots.clone()
         out: Tensor = tbe(slots, offsets.to(torch.int64), per_sample_weights, feature_requires_grad)
         return out
 
@@ -238,14 +246,17 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                 )
             if run.distinct is not None and run.outside is not None:
                 # Other batches may have trained the rows since; the update comes on top, as it does in one table.
-                self._order_streams()
-                self._prefetched.settle()
-                self.rows.refresh(run.distinct, run.outside)
+                with self._settled():
+                    self.rows.refresh(run.distinct, run.outside)
 
         def after(grad_inputs: Any, grad_outputs: Any, token: _Token = token) -> None:
             orphaned.detach()
-            self._order_streams()
-            self._end(run, changed=True)
+            if run.distinct is None:
+                self._order_streams()
+                self._end(run, changed=True)
+            else:
+                with self._settled():
+                    self._end(run, changed=True)
 
         # A tensor hook would fire before the fused update; this one fires after the node has run.
         node.register_prehook(before)
@@ -263,37 +274,45 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         if self._closed:
             raise ClosedError("this embedding module is closed; build a new one")
 
-    def _settle(self) -> None:
-        """Come to where rows can be read and written: none on their way, and none held by a graph that is gone."""
-        self._check_open()
-        self._order_streams()
-        self._prefetched.settle()
-        self._retire_orphans()
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Where rows can be read and written: none on their way, none held by a dead graph, nobody else here."""
+        with self._alone:
+            self._order_streams()
+            self._prefetched.settle()
+            self._retire_orphans()
+            yield
 
     def read_rows(self, table: int, ids: Tensor) -> Tensor:
         """Current bytes (weights, then state) of local `ids` [N]: [N, row_bytes] uint8 on the CPU."""
-        self._settle()
-        return self.rows.read_rows(table, ids)
+        self._check_open()
+        with self._settled():
+            return self.rows.read_rows(table, ids)
 
     def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
         """Overwrite local `ids` [N], distinct, with `rows` [N, row_bytes] uint8."""
-        self._settle()
-        self.rows.write_rows(table, ids, rows)
+        self._check_open()
+        with self._settled():
+            self.rows.write_rows(table, ids, rows)
 
     def check_idle(self) -> None:
-        """Raise `CacheFullError` when a batch is in flight."""
-        self._settle()
-        self.rows.check_idle()
+        """Raise `CacheFullError` when a batch is in flight; prefetched ones are not, and let their rows go."""
+        self._check_open()
+        with self._settled():
+            self._prefetched.end_all()
+            self.rows.check_idle()
 
     def forget(self) -> None:
         """Empty every slot without writing back; raises `CacheFullError` when a batch is in flight."""
-        self.check_idle()
-        self.rows.forget()
+        with self._alone:
+            self.check_idle()
+            self.rows.forget()
 
     def flush(self) -> None:
         """Write rows that training changed to the store and make it durable."""
-        self._settle()
-        self.rows.flush()
+        self._check_open()
+        with self._settled():
+            self.rows.flush()
 
     def reset_embedding_weight_momentum(self, *args: Any, **kwargs: Any) -> None:
         """Refused: managed collisions and in-training pruning reset rows, and then write them by row id."""
@@ -311,9 +330,11 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         return float(self.tbe.get_learning_rate())
 
     def close(self) -> None:
-        """End every batch in flight; rows that were not flushed are lost. The store stays open."""
-        self._prefetched.close()
-        self._closed = True
+        """End every prefetched batch, and the threads; rows that were not flushed are lost. The store stays open."""
+        with self._alone:
+            self._prefetched.close()
+            self.rows.close()
+            self._closed = True
 
 
 def _end(rows: CachedRows, run: TrainingRun, *, changed: bool = False) -> None:
