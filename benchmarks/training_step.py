@@ -23,9 +23,8 @@ from benchmarks.figures import Figure, Goal, number
 from benchmarks.streams import Zipf, bag_offsets
 from benchmarks.timing import interleave, seconds_of
 from torchrec_turbossd.rows import initial_weights
+from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
 from torchrec_turbossd.sizing import AccessProfile, HitRateCurve
-from torchrec_turbossd.store.rocks import RocksRowStore
-from torchrec_turbossd.store.write_back import WriteBackStore
 from torchrec_turbossd.tables import InitRule, TableShard, TableSpec
 from torchrec_turbossd.tbe.training import TrainingOptions, TurboSSDTableBatchedEmbeddingBags, row_state
 
@@ -77,13 +76,12 @@ class _Ours:
             )
             for t in range(size.tables)
         ]
-        sizes = {s.key: s.row_bytes for s in self.shards}
-        self._store = WriteBackStore(RocksRowStore(folder, sizes, wal=False), max_pending_bytes=256 << 20)
+        self._stores = RankStores(StoreOptions(ssd_directory=folder), "bench", (0, 0), [(s, None) for s in self.shards])
         self.module = TurboSSDTableBatchedEmbeddingBags(
             self.shards,
             [slots] * size.tables,
             list(range(size.tables)),
-            self._store,
+            self._stores.store,
             device=device,
             options=TrainingOptions(tbe_args=dict(_ARGUMENTS)),
         )
@@ -113,7 +111,7 @@ class _Ours:
 
     def close(self) -> None:
         self.module.close()
-        self._store.close()
+        self._stores.close()
 
 
 class _Theirs:

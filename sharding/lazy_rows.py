@@ -69,7 +69,8 @@ class LazyRows(Tensor):
         if not isinstance(index, slice) or index.step not in (None, 1):
             raise InputError(_refusal(f"[{index!r}] = ..."))
         target = self[index]
-        target.copy_(torch.as_tensor(value, dtype=self.dtype).expand(target.shape))
+        whole = torch.as_tensor(value, dtype=self.dtype).expand(target.shape)
+        target.copy_(whole.clone(memory_format=torch.contiguous_format))
 
     def materialise(self) -> Tensor:
         """The rows as a plain tensor, all of them in memory; raises `BudgetError` when they do not fit."""
@@ -201,6 +202,10 @@ def _view(rows: LazyRows, shape: Sequence[int]) -> Any:
     return _same(rows) if keeps else NotImplemented
 
 
+def _as_strided(rows: LazyRows, *args: Any) -> Any:
+    raise InputError(_refusal("as_strided"))
+
+
 def _clone(rows: LazyRows, *, memory_format: Any = None) -> Tensor:
     return rows.materialise()
 
@@ -224,6 +229,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.index.Tensor: _index,
     _aten.index_select.default: _index_select,
     _aten.view.default: _view,
+    _aten.as_strided.default: _as_strided,
     _aten.clone.default: _clone,
     _aten.is_pinned.default: _is_pinned,
     _aten.resize_.default: _resize,

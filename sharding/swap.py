@@ -25,6 +25,7 @@ from torchrec_turbossd.sharding.module import TurboSSDShardedModule
 from torchrec_turbossd.sharding.progress import fused_kernels, optimizer_progress, restore_progress, saved_progress
 
 _WINDOW_ROWS = 65536
+_OPTIONS = ("policy", "read_threads", "seed")
 _ModulePlan = dict[str, ParameterSharding]
 
 
@@ -60,7 +61,7 @@ def swap_to_turbo_ssd(
     Args:
         tables: names of tables; None: those whose kernel is KEY_VALUE.
         load_factor: share of a shard's rows that get slots, for tables whose plan has no `cache_params`.
-        ssd_directory, options: for a model; see `TurboSSDEmbeddingBagCollectionSharder`.
+        ssd_directory, options: for a model; `seed`, `policy` and `read_threads` are those of `TurboSSDSharder`.
 
     Returns:
         What was swapped, in the order of the plan.
@@ -73,6 +74,14 @@ def swap_to_turbo_ssd(
     if model is None and (ssd_directory is not None or options):
         given = sorted([*options, *(["ssd_directory"] if ssd_directory is not None else [])])
         raise ConfigError(f"{', '.join(given)}: for a model; with a plan, give them to the sharder")
+    if load_factor is not None and not 0.0 < load_factor <= 1.0:
+        raise ConfigError(f"load_factor must be in (0, 1], got {load_factor}")
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)}: not among the options of a swap, {', '.join(_OPTIONS)}; optimizers and their "
+            "arguments are those that the model has"
+        )
     plan = model.plan if model is not None else target
     wanted = _wanted(plan, tables)
     swapped = [_described(path, name, plan.plan[path][name]) for path, name in wanted]
@@ -145,6 +154,12 @@ def _swap_modules(model: DistributedModelParallel, plans: Mapping[str, _ModulePl
     modules = {path: root.get_submodule(path) for path in plans}
     for path, module in modules.items():
         _check(path, module)
+        places = [name for name, found in root.named_modules(remove_duplicate=False) if found is module]
+        if len(places) > 1:
+            raise UnsupportedError(
+                f"module {path!r} is in the model more than once, as {', '.join(map(repr, places))}; swap the plan, "
+                "before the model is sharded"
+            )
     made: dict[str, Any] = {}
     try:
         for path, module in modules.items():

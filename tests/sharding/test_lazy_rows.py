@@ -262,6 +262,7 @@ LOST: dict[str, Callable[[Any], Any]] = {
     "index_add_": lambda w: w.index_add_(0, torch.tensor([2]), torch.ones(1, w.shape[1])),
     "scatter_": lambda w: w.scatter_(0, torch.zeros(1, w.shape[1], dtype=torch.int64), 1.0),
     "cumsum_": lambda w: w.cumsum_(0),
+    "fill_diagonal_": lambda w: w.fill_diagonal_(1.0),
     "foreach": lambda w: torch._foreach_mul_([w], 2.0),
     "out": lambda w: torch.add(torch.ones(w.shape), 1.0, out=w),
 }
@@ -275,13 +276,17 @@ def test_writes_that_would_be_lost_are_refused(bench: Bench, name: str) -> None:
     assert torch.equal(bench.lazy(0).materialise(), before)
 
 
-@pytest.mark.parametrize("index", [3, -1, slice(2, 7), slice(None), slice(-3, None)])
-def test_rows_are_assigned(bench: Bench, index: Any) -> None:
-    lazy, plain = bench.lazy(0), bench.plain(0).clone()
-    for value in (2.5, torch.arange(float(plain.shape[1]))):
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("index", [3, -1, slice(2, 7), slice(3, 4), slice(None), slice(-3, None)])
+def test_rows_are_assigned(index: Any, per_row: bool) -> None:
+    bench = Bench(per_row=True) if per_row else Bench()
+    part = int(per_row)
+    lazy, plain = bench.lazy(part), bench.plain(part).clone()
+    plain = plain.flatten() if per_row else plain
+    for value in (2.5, torch.tensor(1.5) if per_row else torch.arange(float(plain.shape[1]))):
         lazy[index] = value
         plain[index] = value
-        assert torch.equal(bench.lazy(0).materialise(), plain)
+        assert torch.equal(bench.lazy(part).materialise(), plain)
     with pytest.raises(IndexError):
         lazy[len(plain)] = 1.0
 

@@ -120,6 +120,14 @@ def _refused(rank: int, world: int, directory: Path) -> None:
         swap_to_turbo_ssd(stock, ["big", "huge"], ssd_directory=directory)
     with pytest.raises(ConfigError, match="ssd_directory"):
         swap_to_turbo_ssd(stock, ["big"])
+    with pytest.raises(ConfigError, match="fused_params: not among the options of a swap"):
+        swap_to_turbo_ssd(stock, ["big"], ssd_directory=directory, fused_params={})
+    with pytest.raises(ConfigError, match="load_factor"):
+        swap_to_turbo_ssd(stock, ["big"], ssd_directory=directory, load_factor=-1)
+    stock.module.again = stock.module.ebc
+    with pytest.raises(UnsupportedError, match="more than once, as 'ebc', 'again'"):
+        swap_to_turbo_ssd(stock, ["big"], ssd_directory=directory)
+    del stock.module.again
     with pytest.raises(ConfigError, match="collection of names"):
         swap_to_turbo_ssd(stock, "big", ssd_directory=directory)
     if stock.module.ebc is not before or any(s.compute_kernel != "fused" for s in stock.plan.plan["ebc"].values()):

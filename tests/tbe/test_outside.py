@@ -34,7 +34,7 @@ def test_a_batch_larger_than_the_cache_is_right_and_warns_once(device: str) -> N
     with pytest.warns(RuntimeWarning, match="raise the cache budget") as caught:
         for seed in range(5):
             pair.step(seed)
-    assert len(caught) == 1
+    assert sum(issubclass(w.category, RuntimeWarning) for w in caught) == 1
     pair.same()
 
 

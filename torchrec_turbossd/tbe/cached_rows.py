@@ -247,16 +247,27 @@ class CachedRows:
 
     def write_rows(self, table: int, ids: Tensor, rows: Tensor) -> None:
         """Set the bytes of distinct local `ids` [N]: in their slots where they are there, else in the store."""
+        self._write_all([(table, ids, rows)])
+
+    def _write_all(self, parts: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+        """`write_rows` of several tables; what fails has changed none of them."""
         with self.lock:
+            absent: dict[str, Rows] = {}
+            present = []
+            for table, ids, rows in parts:
+                ids = ids.to(self.cache.device)
+                slots = self.cache.slots_of(table, ids)
+                here = slots > 0
+                resident = here.cpu()
+                if not bool(resident.all()):
+                    absent.update(self._keyed(table, ids[~here], rows[~resident]))
+                present.append((table, slots[here], rows[resident]))
+            if absent:
+                self.store.write(absent)
             self._changes += 1
-            ids = ids.to(self.cache.device)
-            slots = self.cache.slots_of(table, ids)
-            here = slots > 0
-            resident = here.cpu()
-            if not bool(resident.all()):
-                self.store.write(self._keyed(table, ids[~here], rows[~resident]))
-            self.memory.write(table, slots[here], rows[resident])
-            self.cache.mark_dirty(slots[here] + self.cache.slot_base_of[table])
+            for table, slots, rows in present:
+                self.memory.write(table, slots, rows)
+                self.cache.mark_dirty(slots + self.cache.slot_base_of[table])
 
     def take_out(self, batch: Batch) -> Distinct:
         """Copies of the distinct rows of a batch, for a run outside the slots."""
@@ -283,10 +294,10 @@ class CachedRows:
 
     def put_back(self, distinct: Distinct, memory: SlotMemory) -> None:
         """The rows are what the copies in `memory` have become, which were up to date before."""
-        with self.lock:
-            for table, ids in enumerate(distinct.ids):
-                places = torch.arange(1, ids.numel() + 1, device=self.cache.device)
-                self.write_rows(table, ids, memory.read(table, places))
+        places = [torch.arange(1, ids.numel() + 1, device=self.cache.device) for ids in distinct.ids]
+        self._write_all(
+            [(table, ids, memory.read(table, places[table])) for table, ids in enumerate(distinct.ids) if ids.numel()]
+        )
 
     def _write_back(self, table: int, ids: Tensor) -> None:
         """Write the dirty ones of present rows to the store."""

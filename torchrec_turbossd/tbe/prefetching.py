@@ -101,14 +101,17 @@ class Prefetcher:
         # An interrupt here must leave the rows on their way.
         wait([arrived])
         self._arriving = None
+        arrival = waiting.arrival
+        # Made on the prefetch stream, and used on this one.
+        self._record(arrival.found, arrival.here, arrival.batch.positions)
         try:
             arrived.result()
         except Exception:
             # Its forward brings the rows itself, and raises what still stands in the way.
-            self._rows.abandon(waiting.arrival)
+            self._rows.abandon(arrival)
             self._ready = deque(each for each in self._ready if each is not waiting)
             return
-        waiting.run.fetched = self._rows.settle(waiting.arrival, pin=True)
+        waiting.run.fetched = self._rows.settle(arrival, pin=True)
 
     def take(self, indices: Tensor, offsets: Tensor) -> TrainingRun | None:
         """The run of this batch; runs prefetched before it were never used and end here."""
@@ -119,16 +122,19 @@ class Prefetcher:
                     self._end(self._ready.popleft().run)
                 self._ready.popleft()
                 self._rows.count(waiting.arrival)
-                self._record(waiting.run)
+                if waiting.run.fetched is not None:
+                    # In use until backward ends.
+                    self._record(waiting.run.fetched.slots, waiting.run.fetched.at)
                 return waiting.run
         return None
 
-    def _record(self, run: TrainingRun) -> None:
-        """Slots made on the prefetch stream are used on this one until backward ends."""
-        if self._stream is not None and run.fetched is not None:
-            for made in (run.fetched.slots, run.fetched.at):
-                if made is not None:
-                    made.record_stream(torch.cuda.current_stream(self._device))
+    def _record(self, *tensors: Tensor | None) -> None:
+        """Keep the memory of tensors from being used again before this stream has come past here."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.record_stream(current)
 
     def end_all(self) -> None:
         """Let the rows of every batch go; their forwards bring them anew."""
@@ -149,9 +155,11 @@ def _bring(rows: CachedRows, arrival: Arrival, stream: Any) -> None:
         rows.bring(arrival)
         return
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-        rows.bring(arrival)
-        # What was allocated elsewhere is in use until here.
-        stream.synchronize()
+        try:
+            rows.bring(arrival)
+        finally:
+            # What was allocated elsewhere is in use until here.
+            stream.synchronize()
 
 
 def _version(indices: Tensor) -> int:
