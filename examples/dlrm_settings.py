@@ -79,6 +79,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         parser.error(f"argument --criteo: no such file: {given.criteo}")
     if given.resume is not None and not given.resume.is_dir():
         parser.error(f"argument --resume: no such folder: {given.resume}")
+    if given.resume is not None and not (given.resume / "dense.pt").is_file():
+        inside = sorted(str(path.parent) for path in given.resume.glob("checkpoint-*/dense.pt"))
+        parser.error(
+            f"argument --resume: {given.resume} holds no checkpoint" + (f"; give {inside[-1]}" if inside else "")
+        )
     for name in ("out", "ssd_directory"):
         folder = getattr(given, name)
         if folder is not None and folder.exists() and not folder.is_dir():
@@ -129,7 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=_positive, help="training processes (2)")
     add("--seed", type=_not_negative, default=0, help="of the generated day, initial rows and dense weights (0)")
     add("--no-compare", action="store_true", help="leave out the same training with all tables in memory")
-    add("--resume", type=Path, help="go on from a checkpoint: a folder that a run left under its --out")
+    add(
+        "--resume",
+        type=Path,
+        help="go on from a checkpoint-N folder under --out, with the arguments that it had and more --steps, or none",
+    )
     add("--ssd-directory", type=Path, help="where live tables go; by default, under --out")
     add("--out", type=Path, default=Path("demo-out/dlrm"), help="where the results go (demo-out/dlrm)")
     add("--quick", action="store_true", help="a small day and small tables: half a minute instead of minutes")

@@ -64,7 +64,7 @@ def turbo_ssd_planner(
     more reads than whole rows, and are chosen where that is the quickest plan that fits nevertheless.
 
     Args:
-        topology: capacities of each rank; `ssd_cap` above 0 is what lets tables on SSD be placed.
+        topology: capacities of each rank; `ssd_cap` are bytes of a rank's disk, 2 TiB unless given.
         batch_size: of one rank.
         constraints: by table name, as TorchRec's.
         access: how often rows are asked for, by table name; default: Zipf with exponent `DEFAULT_ZIPF_ALPHA`.
@@ -214,7 +214,7 @@ class _Enumerator(EmbeddingEnumerator):
         except RuntimeError as error:
             if "No available sharding type" not in str(error):
                 raise
-            raise ConfigError(f"{error} {_offers(sharders, self._compute_device)}") from error
+            raise ConfigError(f"{str(error).rstrip('. ')}. {_offers(sharders, self._compute_device)}") from error
         order = {name: n for n, name in enumerate(dict.fromkeys(option.fqn for option in options))}
         return distinct(sorted(options, key=lambda o: (order[o.fqn], *taste(o))))
 
@@ -223,8 +223,8 @@ def _offers(sharders: list[ModuleSharder[nn.Module]], compute_device: str) -> st
     offered = {type(sharder).__name__: offered_on_ssd(sharder, compute_device) for sharder in sharders}
     given = [f"{name} ({', '.join(kinds)})" for name, kinds in offered.items() if kinds]
     return (
-        "The TURBO_SSD kernel is offered by the sharders of torchrec_turbossd.sharding; of those given, by "
-        f"{', '.join(given) or 'none'}"
+        f"Tables on SSD (TURBO_SSD, to TorchRec {TURBO_SSD!r}) need a sharder of torchrec_turbossd.sharding and one of "
+        f"its sharding types; those given offer {', '.join(given) or 'none'}"
     )
 
 

@@ -72,6 +72,7 @@ class TurboSSDEmbeddingCollectionSharder(TurboSSDSharder, EmbeddingCollectionSha
     """
 
     _OURS = SEQUENCE_SHARDING_TYPES
+    _STOCK = ("use_index_dedup",)
 
     def shard(
         self,

@@ -116,8 +116,9 @@ def _tbe_arguments(config: GroupedEmbeddingConfig) -> dict[str, Any]:
     unknown = sorted(on - TBE_ARGUMENTS - _PLACEMENT)
     if unknown:
         raise UnsupportedError(
-            f"fused_params {', '.join(unknown)} are not supported for SSD-backed tables "
-            f"{', '.join(t.name for t in config.embedding_tables)}; supported: {', '.join(sorted(TBE_ARGUMENTS))}"
+            f"fused_params not supported for SSD-backed tables "
+            f"{', '.join(dict.fromkeys(t.name for t in config.embedding_tables))}: {', '.join(unknown)}; supported: "
+            f"{', '.join(sorted(TBE_ARGUMENTS))}"
         )
     return {name: value for name, value in given.items() if name in TBE_ARGUMENTS}
 

@@ -166,8 +166,10 @@ def _check_table(table: LocalTable, manifest: Manifest, path: Path) -> None:
 
 
 def _said(value: object) -> str:
-    """A field of a table in words: its optimizer state by name."""
-    return f"{[s.name for s in value]}" if isinstance(value, tuple) else str(value)
+    """A field of a table in words: its optimizer state by name and kind."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return " and ".join(f"{s.name} for each {'row' if s.per_row else 'element'}" for s in value) or "nothing"
 
 
 def _live_shards(module: TurboSSDShardedModule) -> Iterable[tuple[Path, dict[str, ShardRange]]]:

@@ -35,6 +35,9 @@ class TurboSSDSharder:
     _OURS: tuple[str, ...]
     """How tables on SSD can be sharded."""
 
+    _STOCK: tuple[str, ...] = ()
+    """Options of TorchRec's sharder."""
+
     def __init__(
         self,
         ssd_directory: str | os.PathLike[str] | None = None,
@@ -47,6 +50,10 @@ class TurboSSDSharder:
         read_threads: int | None = None,
         **stock: Any,
     ) -> None:
+        unknown = sorted(set(stock) - set(self._STOCK))
+        if unknown:
+            options = ["load_factor", "policy", "read_threads", "seed", *self._STOCK]
+            raise ConfigError(f"{type(self).__name__} has no options {', '.join(unknown)}; it has {', '.join(options)}")
         super().__init__(  # type: ignore[call-arg]
             fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry, **stock
         )

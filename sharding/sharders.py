@@ -24,7 +24,12 @@ def get_turbo_ssd_sharders(
     `EmbeddingBagCollection` and `EmbeddingCollection` get ours; every other module what TorchRec's defaults say.
 
     Args:
-        ssd_directory, fused_params, options: see `TurboSSDSharder`.
+        ssd_directory: base directory of the live rows, on a local SSD; each rank and module takes a sub-directory of
+            its own, which is emptied when it is opened. A table's `KeyValueParams.ssd_storage_directory` comes before
+            it; `@local_rank` in either becomes the local rank. Models alive at once in a process need one each.
+        fused_params: optimizer and its arguments, as for TorchRec's sharders.
+        options: `load_factor` (share of a shard's rows that get slots when the plan says nothing, 0.2), `seed` (of rows
+            never written), `policy` (of eviction), `read_threads` (for each store).
     """
     special: dict[type[nn.Module], Any] = {
         EmbeddingBagCollection: TurboSSDEmbeddingBagCollectionSharder(ssd_directory, fused_params, **options),

@@ -64,10 +64,10 @@ def swap_to_turbo_ssd(
         ssd_directory, options: for a model; `seed`, `policy` and `read_threads` are those of `TurboSSDSharder`.
 
     Returns:
-        What was swapped, in the order of the plan.
+        What was swapped, in the order of the plan; not tables that were on SSD before.
 
     Raises:
-        UnknownTableError: no such table. ConfigError: no tables are named, and none says KEY_VALUE.
+        UnknownTableError: no such table. ConfigError: no tables are named, and none says KEY_VALUE or is on SSD.
         UnsupportedError: data-parallel tables, or modules that cannot be swapped. On all of these nothing has changed.
     """
     model = target if isinstance(target, DistributedModelParallel) else None
@@ -104,7 +104,7 @@ def _wanted(plan: Any, tables: Collection[str] | None) -> list[tuple[str, str]]:
         raise ConfigError(f"tables must be a collection of names, got the string {tables!r}; give [{tables!r}]")
     if tables is None:
         found = [(path, name) for path, name, s in everything if s.compute_kernel == KEY_VALUE]
-        if not found:
+        if not found and not any(s.compute_kernel == TURBO_SSD for _, _, s in everything):
             raise ConfigError(
                 f"no table of the plan has kernel {KEY_VALUE}; name the tables to swap, out of "
                 f"{', '.join(map(repr, names))}"
@@ -181,7 +181,7 @@ def _swap_modules(model: DistributedModelParallel, plans: Mapping[str, _ModulePl
 
 
 def _check(path: str, module: Any) -> None:
-    if isinstance(module, TurboSSDShardedModule):
+    if isinstance(module, TurboSSDShardedModule) and module._ours:
         raise UnsupportedError(f"module {path!r} has tables on SSD already; swap all of its tables in one call")
     if not isinstance(module, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
         raise UnsupportedError(

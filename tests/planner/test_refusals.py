@@ -85,7 +85,7 @@ def test_stock_sharders_are_found_out() -> None:
     with pytest.raises(BudgetError, match=r"give the planner sharders of torchrec_turbossd\.sharding"):
         planner(topology("cpu")).plan(Model(BIG), stock)
     constraints = {"big": ParameterConstraints(compute_kernels=[TURBO_SSD])}
-    with pytest.raises(ConfigError, match=r"offered by the sharders of torchrec_turbossd\.sharding"):
+    with pytest.raises(ConfigError, match=r"need a sharder of torchrec_turbossd\.sharding"):
         planner(topology("cpu"), constraints=constraints).plan(Model(BIG), stock)
 
 

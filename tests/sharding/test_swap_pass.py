@@ -140,6 +140,24 @@ def _refused(rank: int, world: int, directory: Path) -> None:
     stock.module.ebc.close()
 
 
+def _our_sharder_without_ssd(rank: int, world: int, directory: Path) -> None:
+    stock = make_dmp(world, "row_wise", ADAGRAD, None, None)
+    ours = make_dmp(world, "row_wise", ADAGRAD, directory / "a", {})
+    for dmp in (stock, ours):
+        train(dmp, rank, range(3))
+    swap_to_turbo_ssd(ours, ["big"], ssd_directory=directory / "b", seed=SEED)
+    if swap_to_turbo_ssd(ours.plan):
+        raise AssertionError("a plan whose tables are on SSD has nothing to swap")
+    wanted, got = (train(dmp, rank, range(3, 8)) for dmp in (stock, ours))
+    if not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):
+        raise AssertionError("predictions differ after the swap")
+    ours.module.ebc.close()
+
+
+def test_a_model_of_our_sharders_that_fits_in_memory_is_swapped(tmp_path: Path) -> None:
+    run_ranks(2, _our_sharder_without_ssd, tmp_path)
+
+
 def test_swaps_that_are_refused_change_nothing(tmp_path: Path) -> None:
     run_ranks(1, _refused, tmp_path)
 

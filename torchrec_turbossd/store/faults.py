@@ -66,7 +66,10 @@ def _translate(path: Path, text: str) -> StoreError:
         return CorruptError(f"the row store at {path} is damaged: {text}; restore it from a snapshot")
     if any(word in plain for word in _LOCKED_WORDS):
         if "current process" in plain:
-            return StoreLockedError(f"the row store at {path} is open in this process already; close() that first")
+            return StoreLockedError(
+                f"the row store at {path} is open in this process already; close() what holds it (a store, a serving "
+                "module, or a sharded module such as model.module.ebc), or use another directory"
+            )
         return StoreLockedError(
             f"the row store at {path} is open in another process; end that, or give each job a directory of its own"
         )

@@ -99,7 +99,14 @@ class CachedRows:
         self.shards, self.memory, self.store = list(shards), memory, store
         self.cache = SlotCache([s.rows for s in shards], slots, device=device, policy=policy)
         names = [s.table.name for s in shards]
-        self.layout = Layout(names, [s.rows for s in shards], feature_table, self.cache.bases, bounds)
+        self.layout = Layout(
+            names,
+            [s.rows for s in shards],
+            feature_table,
+            self.cache.bases,
+            bounds,
+            table_rows=[s.table.rows for s in shards],
+        )
         self.counters = ReadCounters(names)
         self.lock = threading.RLock()
         self.outside = 0

@@ -65,6 +65,7 @@ class Layout:
     Args:
         names, rows: of each local table.
         bases: [tables + 1] int64, first slot map position of each table.
+        table_rows: rows of each whole table, where `rows` are those of a row shard.
     """
 
     def __init__(
@@ -74,8 +75,11 @@ class Layout:
         feature_table: Sequence[int],
         bases: Tensor,
         bounds: Bounds = Bounds.RAISE,
+        *,
+        table_rows: Sequence[int] | None = None,
     ) -> None:
         self.names, self.rows, self.feature_table = list(names), list(rows), list(feature_table)
+        self._table_rows = list(rows if table_rows is None else table_rows)
         self.bounds, self.device = bounds, bases.device
         self._bases: list[int] = bases.tolist()
         self._feature_rows = torch.tensor([rows[t] for t in feature_table], device=self.device)
@@ -169,7 +173,14 @@ class Layout:
         return Batch(positions=positions, runs=self._runs([int(e) for e in report[:-2]]))
 
     def _out_of_bounds(self, table: int, row_id: int) -> None:
-        said = f"table {self.names[table]!r} has rows 0 to {self.rows[table] - 1}, got id {row_id}"
+        name, rows, whole = self.names[table], self.rows[table], self._table_rows[table]
+        said = f"table {name!r} has rows 0 to {whole - 1}, got id {row_id}"
+        if rows != whole:
+            # Ids were dealt out to row shards before they came here, and bad ones are dealt out as well.
+            said = (
+                f"table {name!r} has rows 0 to {whole - 1}, and a rank looked up an id beyond them (it reached this "
+                f"row shard of {rows} rows as its row {row_id})"
+            )
         if self.bounds is Bounds.RAISE:
             raise RowIndexError(f"{said}; hash or clamp ids before the lookup")
         if self.bounds is Bounds.WARN:
