@@ -160,6 +160,7 @@ class TurboSSDKernel(FusedOptimizerModule):
                 tbe_args=_tbe_arguments(config),
             ),
         )
+        self._group = needs.group
         self._optim = TurboSSDFusedOptimizer(self._emb_module, config.embedding_tables, needs.group)
 
     @property
@@ -216,7 +217,12 @@ class TurboSSDKernel(FusedOptimizerModule):
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, Any]]:
         for name in dict.fromkeys(table.name for table in self._config.embedding_tables):
-            yield name, placeholder()
+            parameter = placeholder()
+            own = TurboSSDFusedOptimizer(
+                self._emb_module, self._config.embedding_tables, self._group, (name, parameter)
+            )
+            parameter._in_backward_optimizers = [own]  # type: ignore[attr-defined]
+            yield name, parameter
 
 
 class TurboSSDEmbeddingBag(TurboSSDKernel, BaseBatchedEmbeddingBag[torch.Tensor]):

@@ -74,6 +74,7 @@ class TurboSSDShardedModule(nn.Module):
             {name: plan[name].sharding_type for name in self._ours},
             self._SHARDING_TYPES,
             stock["env"],
+            stock.get("device"),
         )
 
     def _close_stores(self) -> None:

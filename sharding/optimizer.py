@@ -22,6 +22,11 @@ class TurboSSDFusedOptimizer(FusedOptimizer):
     """The update itself runs in backward; a changed `lr` reaches it at the next `step` or `zero_grad`.
 
     Keys are those of TorchRec's FUSED kernel: `<table>.weight`, with state `<table>.momentum1`.
+
+    Args:
+        tables: of the TBE, in its order.
+        parameter: a table's name and registered parameter. The optimizer is then of this table alone, as TorchRec hangs
+            one on each parameter, with the parameter under the key "".
     """
 
     def __init__(
@@ -29,14 +34,20 @@ class TurboSSDFusedOptimizer(FusedOptimizer):
         tbe: TurboSSDTableBatchedEmbeddingBags,
         tables: Sequence[ShardedEmbeddingTable],
         group: ProcessGroup | None,
+        parameter: tuple[str, Tensor] | None = None,
     ) -> None:
         self._tbe = tbe
         params: dict[str, Tensor | ShardedTensor] = {}
         state: dict[Any, Any] = {}
         for name in dict.fromkeys(table.name for table in tables):
+            if parameter is not None and name != parameter[0]:
+                continue
             places = [i for i, table in enumerate(tables) if table.name == name]
-            weight = _weight(tbe, [(i, tables[i]) for i in places], group)
-            params[f"{name}.weight"] = weight
+            if parameter is None:
+                weight: Any = _weight(tbe, [(i, tables[i]) for i in places], group)
+            else:
+                weight = parameter[1]
+            params[f"{name}.weight" if parameter is None else ""] = weight
             state[weight] = {
                 f"{name}.{spec.name}": _state(tbe, [(i, tables[i]) for i in places], part, group)
                 for part, spec in enumerate(tbe.shards[places[0]].table.state, start=1)

@@ -19,14 +19,17 @@ def check_module(
     sharding_types: Mapping[str, str],
     supported: Sequence[str],
     env: ShardingEnv,
+    device: torch.device | None = None,
 ) -> None:
     """Raise `UnsupportedError` for an environment or a table that cannot have its rows on SSD.
 
     Args:
         configs: TorchRec's, of the tables on SSD.
         weights: their parameters, maybe on the meta device. sharding_types: as planned.
-        supported: sharding types of the module.
+        supported: sharding types of the module. device: that will train.
     """
+    if configs and device is not None and device.type == "meta":
+        raise UnsupportedError("tables on SSD cannot be sharded onto the meta device; give the device that will train")
     if configs and type(env).__name__ != "ShardingEnv":
         raise UnsupportedError(f"{type(env).__name__} is not supported with tables on SSD; use a plain ShardingEnv")
     if configs and getattr(env, "output_dtensor", False):

@@ -82,3 +82,28 @@ def _bounds(rank: int, world: int, directory: Path) -> dict[str, set[Bounds]]:
 def test_bounds_are_checked_in_torchrecs_mode(tmp_path: Path) -> None:
     (seen,) = run_ranks(1, _bounds, tmp_path)
     assert seen == {"FATAL": {Bounds.RAISE}, "WARNING": {Bounds.WARN}, "IGNORE": {Bounds.IGNORE}}
+
+
+def _by_parameter(rank: int, world: int, directory: Path) -> None:
+    ours = make_dmp(world, "table_wise", ADAGRAD, directory / "live", SLOTS)
+    stock = make_dmp(world, "table_wise", ADAGRAD, None, None)
+    for dmp in (ours, stock):
+        train(dmp, rank, range(3))
+    for name in ROWS:
+        mine, theirs = (dmp.module.ebc.embedding_bags[name].weight._in_backward_optimizers[0] for dmp in (ours, stock))
+        (key,) = theirs.state_dict()["state"]
+        found, wanted = (o.state_dict()["state"][key][f"{name}.momentum1"] for o in (mine, theirs))
+        for part, other in zip(found.local_shards(), wanted.local_shards(), strict=True):
+            if not torch.equal(part.tensor + 0, other.tensor):
+                raise AssertionError(f"{name}: the state of its parameter's optimizer differs")
+        for optimizer in (mine, theirs):
+            optimizer.param_groups[0]["lr"] = 0.011
+            optimizer.step()
+    wanted_after, got = (train(dmp, rank, range(3, 6)) for dmp in (stock, ours))
+    if not all(torch.equal(a, b) for a, b in zip(wanted_after, got, strict=True)):
+        raise AssertionError("a learning rate of a parameter's optimizer did not reach the table")
+    ours.module.ebc.close()
+
+
+def test_each_parameter_has_its_tables_optimizer(tmp_path: Path) -> None:
+    run_ranks(1, _by_parameter, tmp_path)

@@ -36,12 +36,12 @@ class DTensorEnv:
 DTensorEnv.__name__ = "ShardingEnv"
 
 
-def _check(env: Any = None, sharding_type: str = "row_wise", **fields: Any) -> None:
+def _check(env: Any = None, sharding_type: str = "row_wise", device: str = "cpu", **fields: Any) -> None:
     config = EmbeddingBagConfig(name="t", num_embeddings=10, embedding_dim=4, feature_names=["f"])
     for name, value in fields.items():
         setattr(config, name, value)
     weight = torch.empty(10, 4, device="meta")
-    check_module([config], {"t": weight}, {"t": sharding_type}, TYPES, env or ShardingEnv(1, 0))
+    check_module([config], {"t": weight}, {"t": sharding_type}, TYPES, env or ShardingEnv(1, 0), torch.device(device))
 
 
 def test_a_plain_table_is_taken() -> None:
@@ -53,6 +53,7 @@ def test_a_plain_table_is_taken() -> None:
     [
         ({"env": Env2D(1, 0)}, "Env2D is not supported"),
         ({"env": DTensorEnv()}, "DTensor state"),
+        ({"device": "meta"}, "meta device; give the device that will train"),
         ({"sharding_type": "data_parallel"}, "sharding type data_parallel is not supported on SSD; use one of table"),
         ({"use_virtual_table": True}, "virtual tables"),
         ({"stash_weights": True}, "stash_weights"),
