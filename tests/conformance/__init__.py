@@ -1,0 +1,1 @@
+"""TorchRec's own tests, run against sharders of ours."""
