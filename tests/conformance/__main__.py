@@ -43,7 +43,7 @@ def main() -> int:
     os.environ["TURBOSSD_CONFORMANCE_STOCK"] = "1" if arguments.stock else ""
     from tests.conformance import harness
 
-    reason = harness.why_not(harness.tests_directory())
+    reason = harness.why_not(harness.checkout_directory())
     if reason is not None:
         print(f"nothing to run: {reason}", file=sys.stderr)
         return 2

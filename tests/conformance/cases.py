@@ -68,6 +68,7 @@ def _bases() -> list[Group]:
             base,
             "ModelParallelStateDictBase",
             Swap(names={base: (*create, "get_default_sharders")}),
+            refused={"test_meta_device_dmp_state_dict": "meta device"},
             not_here={_KERNELS: "run as the group `kernels`"},
         ),
         _group(

@@ -32,7 +32,7 @@ _MOVED = (
 """Names that tests of one release look for in one module, and where another release has them."""
 
 
-def tests_directory() -> Path | None:
+def checkout_directory() -> Path | None:
     """The folder that holds TorchRec's `tests/`, when the environment names one."""
     named = os.environ.get(DIRECTORY)
     return Path(named).resolve() if named else None
@@ -77,10 +77,10 @@ def add_tests(directory: Path) -> None:
             continue
 
 
-_found = tests_directory()
+_found = checkout_directory()
 if _found is not None and why_not(_found) is None:
     # At import: the process of a rank meets pickled names of the tests before anything else.
     add_tests(_found)
 
 
-__all__ = ["DIRECTORY", "ROOT", "SCRATCH", "SHARE", "STOCK", "add_tests", "load", "tests_directory", "why_not"]
+__all__ = ["DIRECTORY", "ROOT", "SCRATCH", "SHARE", "STOCK", "add_tests", "checkout_directory", "load", "why_not"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.cases import GROUPS
-from tests.conformance.harness import tests_directory, why_not
+from tests.conformance.harness import checkout_directory, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
-REASON = why_not(tests_directory())
+REASON = why_not(checkout_directory())
 
 
 @pytest.mark.slow
