@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,13 +82,13 @@ class TurboSSDShardedModule(nn.Module):
         if self._stores is not None:
             self._stores.close()
 
+    @abstractmethod
     def _shardings(self) -> Iterable[Any]:
         """TorchRec's sharding objects, in the order of `_sharding_types`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _make_lookup(self, sharding_type: str, sharding: Any, context: LookupContext) -> nn.Module:
         """The lookup of a sharding type that has tables on SSD."""
-        raise NotImplementedError
 
     def _groups(self, sharding: Any, rank: int | None = None) -> Iterator[GroupedEmbeddingConfig]:
         """Groups of one rank, or of all."""
