@@ -25,6 +25,7 @@ WITHIN_A_LAYER = {
     ("metrics", "errors"),
     ("metrics", "tables"),
     ("sharding", "planner"),
+    ("sizing", "cache"),
 }
 """(importer, imported) of one layer."""
 

@@ -132,7 +132,7 @@ def test_files_that_are_not_profiles_or_newer_are_refused(tmp_path: Path) -> Non
         with pytest.raises(CorruptError):
             AccessProfile.load(path)
     AccessProfile.zipf(3).save(path)
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     with pytest.raises(FormatVersionError, match="upgrade"):
         AccessProfile.load(path)
     with pytest.raises(FileNotFoundError):

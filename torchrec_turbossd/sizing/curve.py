@@ -1,8 +1,8 @@
 """Hit rate by slots: how much of the traffic a cache of each size answers.
 
 The rate that counts here is per lookup, not per distinct id: of all lookups, repeated ones included, the share whose
-row is in a slot. Lookups are taken as independent draws from the profile, one at a time: traffic that asks again soon
-for what it just asked for hits more often than this says.
+row is in a slot. A profile of a trace knows the rates that the trace had. For others lookups are taken as independent
+draws, one at a time: traffic that asks again soon for what it just asked for hits more often than this says.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
+from torchrec_turbossd.cache.policies import DEFAULT_POLICY
 from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.sizing.presence import PRESENCE
 from torchrec_turbossd.sizing.profile import AccessProfile, Floats, Ints
 
-DEFAULT_POLICY = "s3_fifo"
+_SLIGHTLY = 1e-9
 
 
 class Curve(Protocol):
@@ -42,7 +43,8 @@ class HitRateCurve:
     def __init__(self, profile: AccessProfile, policy: str | None = None) -> None:
         self.profile = profile
         self.policy = policy or DEFAULT_POLICY
-        if self.policy not in PRESENCE:
+        self._replayed = next((curve for curve in profile.curves if curve.policy == self.policy), None)
+        if self._replayed is None and self.policy not in PRESENCE:
             raise ConfigError(f"no hit-rate model of policy {policy!r}; there is one of {', '.join(sorted(PRESENCE))}")
 
     @overload
@@ -85,16 +87,31 @@ class HitRateCurve:
     @functools.cached_property
     def _knots(self) -> tuple[Floats, Floats]:
         """Rising slots and hit rates, between which the curve is straight: from (0, 0) to (rows asked for, 1)."""
+        if self._replayed is not None:
+            return self._ending_in_one(self._replayed.slots.astype(np.float64), self._replayed.hit_rates)
         asked = self.profile.chances > 0
         sizes, chances = self.profile.sizes[asked].astype(np.float64), self.profile.chances[asked]
         present = PRESENCE[self.policy](chances, sizes)
         filled, hits = present @ sizes, present @ (sizes * chances / (sizes @ chances))
         # A solved model may waver in the last digits.
         filled, hits = np.maximum.accumulate(filled), np.maximum.accumulate(hits)
-        below = (filled < sizes.sum()) & (hits < 1)
-        filled, hits = np.append(0.0, filled[below]), np.append(0.0, hits[below])
-        rising = np.append(True, (np.diff(filled) > 0) & (np.diff(hits) > 0))
-        return np.append(filled[rising], sizes.sum()), np.append(hits[rising], 1.0)
+        return _knots(filled, hits, float(sizes.sum()))
+
+    def _ending_in_one(self, filled: Floats, hits: Floats) -> tuple[Floats, Floats]:
+        """With more slots than rows were seen a trace still has its first lookups of each as misses, to the end: only
+        when every row of the table has a slot there are none."""
+        rows = float(self.profile.rows)
+        if filled[-1] < rows - 1 and hits[-1] < 1 - 2 * _SLIGHTLY:
+            filled, hits = np.append(filled, rows - 1), np.append(hits, hits[-1] + _SLIGHTLY)
+        return _knots(filled, hits, rows)
+
+
+def _knots(filled: Floats, hits: Floats, rows: float) -> tuple[Floats, Floats]:
+    """The points that rise, between (0, 0) and (rows, 1)."""
+    below = (filled < rows) & (hits < 1)
+    filled, hits = np.append(0.0, filled[below]), np.append(0.0, hits[below])
+    rising = np.append(True, (np.diff(filled) > 0) & (np.diff(hits) > 0))
+    return np.append(filled[rising], rows), np.append(hits[rising], 1.0)
 
 
 class ShardCurve:

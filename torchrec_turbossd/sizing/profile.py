@@ -7,16 +7,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from torchrec_turbossd.errors import ConfigError, CorruptError, FormatVersionError, InputError, RowIndexError
+from torchrec_turbossd.cache.policies import DEFAULT_POLICY, POLICIES
+from torchrec_turbossd.errors import ConfigError, CorruptError, FormatVersionError, InputError
+from torchrec_turbossd.sizing.popularity import popularity
+from torchrec_turbossd.sizing.replay import replayed
+from torchrec_turbossd.sizing.sample import DEFAULT_EVENTS, AccessSample, sample_trace
 
 DEFAULT_ZIPF_ALPHA = 1.05
 """Exponent of the profile assumed where none is given.
@@ -27,7 +31,8 @@ that matters.
 """
 
 _FORMAT = "torchrec_turbossd access profile"
-_VERSION = 1
+_VERSION = 2
+_LEAST_REPLAYED = 1 << 16
 _EXACT_RANKS = 512
 _GROUP_RATIO = 1.02
 
@@ -35,9 +40,50 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
+class Recorded(Protocol):
+    """A module that records what its tables are asked for."""
+
+    def access_samples(self) -> Mapping[str, AccessSample]:
+        """A sample for each table."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedCurve:
+    """Hit rates per lookup that a trace had in caches of several sizes.
+
+    Attributes:
+        policy: the eviction policy.
+        slots: [K] int64, rising, read-only.
+        hit_rates: [K] float64, not falling, in [0, 1], read-only.
+
+    Raises:
+        ConfigError: anything else.
+    """
+
+    policy: str
+    slots: Ints
+    hit_rates: Floats
+
+    def __post_init__(self) -> None:
+        slots, rates = np.array(self.slots, dtype=np.int64), np.array(self.hit_rates, dtype=np.float64)
+        if not isinstance(self.policy, str) or slots.ndim != 1 or slots.shape != rates.shape or slots.size == 0:
+            raise ConfigError(
+                f"a curve needs a policy and as many slots as hit rates, got {slots.shape}, {rates.shape}"
+            )
+        if slots[0] < 1 or (np.diff(slots) <= 0).any():
+            raise ConfigError("slots of a curve must be positive and rise")
+        if not (np.diff(rates) >= 0).all() or not 0 <= rates[0] <= rates[-1] <= 1:
+            raise ConfigError("hit rates of a curve must be between 0 and 1 and never fall")
+        slots.flags.writeable = rates.flags.writeable = False
+        object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "hit_rates", rates)
+
+
 @dataclass(frozen=True, eq=False)
 class AccessProfile:
     """The chance that a lookup asks for each of `rows` rows, hottest first, independent of which row has which id.
+
+    One that comes from a trace also knows what hit rates its order of lookups had, and how many lookups it had.
 
     A group is `sizes[g]` rows, each asked for with probability `chances[g]` by one lookup. Groups cover all rows and
     the chances of all rows add up to 1. Iterating gives `(group size, probability of each id)` pairs. Equal profiles
@@ -47,11 +93,15 @@ class AccessProfile:
         rows: rows of the table.
         sizes: [G] int64, read-only.
         chances: [G] float64, not rising, read-only.
+        curves: of a trace, at most one for each policy.
+        lookups: that it was made from; 0 where unknown. Profiles of the same time tell by it how busy tables are.
     """
 
     rows: int
     sizes: Ints
     chances: Floats
+    curves: tuple[ReplayedCurve, ...] = ()
+    lookups: int = 0
 
     def __post_init__(self) -> None:
         _check_rows(self.rows)
@@ -64,6 +114,9 @@ class AccessProfile:
         falling = bool(np.isfinite(chances).all()) and bool((np.diff(chances) <= 0).all()) and chances[-1] >= 0
         if not falling or not math.isclose(float(sizes @ chances), 1.0, rel_tol=1e-6):
             raise ConfigError("chances must be finite, not negative, not rising, and add up to 1 over all rows")
+        if isinstance(self.lookups, bool) or not isinstance(self.lookups, int) or self.lookups < 0:
+            raise ConfigError(f"lookups must be an int, not negative, got {self.lookups!r}")
+        object.__setattr__(self, "curves", tuple(self.curves))
         sizes.flags.writeable = chances.flags.writeable = False
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "chances", chances)
@@ -106,34 +159,61 @@ class AccessProfile:
         return _grouped(array.size, sizes[::-1], values[::-1])
 
     @classmethod
-    def from_trace(cls, ids: Tensor | npt.NDArray[Any], rows: int) -> AccessProfile:
-        """A sample of lookups: [N] integer ids of a table of `rows` rows.
+    def from_trace(
+        cls,
+        ids: Tensor | npt.NDArray[Any] | Iterable[Tensor],
+        rows: int,
+        *,
+        batch: int = 1024,
+        events: int = DEFAULT_EVENTS,
+        policies: Sequence[str] = (DEFAULT_POLICY,),
+    ) -> AccessProfile:
+        """Of the lookups of a table of `rows` rows, in order: a sample of its traffic, of any length.
 
-        Rows that the sample lacks are not impossible. Every row seen gives up the same part d of its count to them,
-        d = n1 / (n1 + 2 n2) with n1 and n2 rows seen once and twice, so that hot rows keep their chance and cold ones
-        do not look hotter than they are (absolute discounting: H. Ney, U. Essen, R. Kneser, "On structuring
-        probabilistic dependences in stochastic language modelling", 1994). d stays small enough that no row unseen
-        becomes likelier than one seen once.
+        Popularity is estimated so that rows which the trace lacks are not impossible. Traces of 65,536 lookups and more
+        are also replayed through caches of several sizes, so that hit rates know about sessions and drift: a few
+        seconds. Of long traces both are done on a sample, which takes some MiB, and may be a memory-mapped array.
+
+        Args:
+            ids: integers, [N] in order, or an iterable of batches.
+            rows: of the table.
+            batch: lookups of a batch, where `ids` is one array.
+            events: lookups that each window of the sample keeps; see `AccessSample`.
+            policies: eviction policies to replay with.
 
         Raises:
+            ConfigError: another argument that makes no sense.
             InputError: no ids, or not integers.
             RowIndexError: an id outside the table.
         """
-        _check_rows(rows)
-        array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-        if array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"a trace needs at least one integer id, got {array.size} of {array.dtype}")
-        if array.min() < 0 or array.max() >= rows:
-            raise RowIndexError(f"the table has rows 0 to {rows - 1}, the trace has {array.min()} to {array.max()}")
-        seen = np.unique(array.reshape(-1), return_counts=True)[1]
-        counts, sizes = np.unique(seen, return_counts=True)
-        unseen = rows - seen.size
-        if not unseen:
-            return _grouped(rows, sizes[::-1], counts[::-1].astype(np.float64))
-        once, twice = (int(sizes[counts == times].sum()) for times in (1, 2))
-        part = min(once / max(1, once + 2 * twice), unseen / rows)
-        weights = np.append(counts[::-1] - part, part * seen.size / unseen)
-        return _grouped(rows, np.append(sizes[::-1], unseen), weights)
+        return cls.from_sample(sample_trace(ids, rows, batch=batch, events=events), policies=policies)
+
+    @classmethod
+    def from_sample(cls, sample: AccessSample, *, policies: Sequence[str] = (DEFAULT_POLICY,)) -> AccessProfile:
+        """The same from a sample.
+
+        Raises:
+            ConfigError: an unknown policy.
+            InputError: a sample without lookups.
+        """
+        unknown = sorted(set(policies) - set(POLICIES))
+        if unknown:
+            raise ConfigError(f"no eviction policy {unknown[0]!r}; the policies are {', '.join(POLICIES)}")
+        if not sample.lookups:
+            raise InputError(f"the sample of a table of {sample.rows:,} rows has no lookups; record some first")
+        enough = sample.lookups >= _LEAST_REPLAYED and sample.batches > 1
+        curves = [ReplayedCurve(policy, *replayed(sample, policy)) for policy in policies] if enough else []
+        grouped = _grouped(sample.rows, *popularity(sample))
+        return cls(sample.rows, grouped.sizes, grouped.chances, tuple(curves), sample.lookups)
+
+    @classmethod
+    def from_cache(cls, module: Recorded, *, policies: Sequence[str] = (DEFAULT_POLICY,)) -> dict[str, AccessProfile]:
+        """Profiles by table of what a module was asked for since its `record_access()`.
+
+        Tables without lookups are left out.
+        """
+        samples = module.access_samples()
+        return {name: cls.from_sample(s, policies=policies) for name, s in samples.items() if s.lookups}
 
     def distinct(self, lookups: float) -> float:
         """Expected number of distinct rows among `lookups` independent lookups."""
@@ -149,6 +229,10 @@ class AccessProfile:
         digest = hashlib.blake2b(digest_size=16)
         for part in (np.int64(self.rows), self.sizes, self.chances):
             digest.update(part.tobytes())
+        for curve in self.curves:
+            digest.update(curve.policy.encode() + curve.slots.tobytes() + curve.hit_rates.tobytes())
+        if self.lookups:
+            digest.update(np.int64(self.lookups).tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -160,6 +244,11 @@ class AccessProfile:
             "rows": self.rows,
             "sizes": self.sizes.tolist(),
             "chances": self.chances.tolist(),
+            "lookups": self.lookups,
+            "curves": [
+                {"policy": curve.policy, "slots": curve.slots.tolist(), "hit_rates": curve.hit_rates.tolist()}
+                for curve in self.curves
+            ],
         }
         part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         part.write_text(json.dumps(whole))
@@ -182,7 +271,8 @@ class AccessProfile:
                 raise FormatVersionError(
                     f"{path} has version {whole['version']}; this release reads up to {_VERSION}: upgrade"
                 )
-            return cls(whole["rows"], whole["sizes"], whole["chances"])
+            curves = tuple(ReplayedCurve(**curve) for curve in whole.get("curves", ()))
+            return cls(whole["rows"], whole["sizes"], whole["chances"], curves, whole.get("lookups", 0))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptError(f"{path} is not a whole access profile: {error}") from error
 
@@ -245,4 +335,4 @@ def _grouped(rows: int, sizes: npt.NDArray[Any], weights: Floats) -> AccessProfi
     return AccessProfile(rows, sizes, _falling(weights / float(sizes @ weights)))
 
 
-__all__ = ["DEFAULT_ZIPF_ALPHA", "AccessProfile"]
+__all__ = ["DEFAULT_ZIPF_ALPHA", "AccessProfile", "Recorded", "ReplayedCurve"]

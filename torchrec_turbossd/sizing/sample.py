@@ -1,0 +1,258 @@
+"""A bounded sample of the lookups of one table, from which popularity and hit rates are estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchrec_turbossd.errors import ConfigError, InputError, RowIndexError
+
+DEFAULT_EVENTS = 1 << 18
+"""Lookups that a window of a trace's sample keeps, 6 to 12 MiB; there is one more each time the lookups double."""
+
+RECORDED_EVENTS = 1 << 15
+"""The same where lookups are recorded while they are served: 0.8 to 1.5 MiB a window."""
+
+LEAST_EVENTS = 1 << 10
+
+_HASH_BITS = 32
+_HELD_BACK = 1 << 13
+_ID_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Of Fibonacci hashing and of the SplitMix64 generator, as signed numbers.
+_SPREAD, _STIR = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The latest lookups of a share of the rows, all of them.
+
+    Attributes:
+        share: of the table's rows; a hash of the id says which.
+        ids: [N] int64, in order.
+        batches: [N] int64, not falling: the number of the batch of each.
+        places: [N] int64, rising: how many lookups, of whatever row, came before each.
+        whole: it spans all that was sampled.
+    """
+
+    share: float
+    ids: Ints
+    batches: Ints
+    places: Ints
+    whole: bool
+
+
+class AccessSample:
+    """What was asked of a table, in some MiB however long it runs.
+
+    Window l keeps the last `events` lookups of one row in 2**l, chosen by a hash of the id (spatial sampling: C.
+    Waldspurger, N. Park, A. Garthwaite, I. Ahmad, "Efficient MRC Construction with SHARDS", FAST 2015). So the first
+    has every row for a short time, which is all that a small cache remembers, and the last has few rows, for as long
+    as a large one does. Windows are added until one spans all that was seen: a short trace is kept whole.
+
+    Not thread-safe. Pickles, for `merged` over ranks.
+
+    Args:
+        rows: of the table.
+        events: lookups that a window keeps, at least `LEAST_EVENTS`.
+
+    Attributes:
+        lookups, batches: in all.
+
+    Raises:
+        ConfigError: rows or events that make no sense.
+    """
+
+    def __init__(self, rows: int, *, events: int = DEFAULT_EVENTS) -> None:
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ConfigError(f"rows must be a positive int, got {rows!r}")
+        if isinstance(events, bool) or not isinstance(events, int) or events < LEAST_EVENTS:
+            raise ConfigError(f"a sample keeps at least {LEAST_EVENTS:,} events, got {events!r}")
+        self.rows, self.lookups, self.batches = rows, 0, 0
+        self._events = events
+        self._kept = [_Kept(events)]
+        self._held: list[Tensor] = []
+        self._held_lookups = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return sum(kept.nbytes for kept in self._kept) + 8 * self._held_lookups
+
+    def windows(self) -> list[Window]:
+        """The window of every row, of every other one, and so on to the first that spans the whole sample."""
+        self._settle()
+        columns = [kept.columns.copy() for kept in self._kept]
+        return [
+            Window(share=0.5**level, ids=ids, batches=batches, places=places, whole=not kept.lost)
+            for level, (kept, (ids, batches, places)) in enumerate(zip(self._kept, columns, strict=True))
+        ]
+
+    def add(self, ids: Tensor | npt.NDArray[np.integer]) -> None:
+        """One batch: integer ids of any shape, on any device.
+
+        Raises:
+            InputError: not integers.
+            RowIndexError: an id outside the table; then nothing is kept.
+        """
+        flat = ids.detach().reshape(-1) if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids).reshape(-1))
+        if flat.dtype not in _ID_TYPES:
+            raise InputError(f"a trace needs integer ids, got {flat.dtype}")
+        if flat.numel() and (int(flat.amin()) < 0 or int(flat.amax()) >= self.rows):
+            raise RowIndexError(
+                f"the table has rows 0 to {self.rows - 1}, the trace has {int(flat.amin())} to {int(flat.amax())}"
+            )
+        # A copy: the caller may fill its tensor again.
+        self._held.append(flat.to("cpu", torch.int64, copy=True))
+        self._held_lookups += flat.numel()
+        self.lookups += flat.numel()
+        self.batches += 1
+        if self._held_lookups >= _HELD_BACK:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Hand on what was held back, because a batch alone may be too little to be worth the while."""
+        if not self._held:
+            return
+        first = self.batches - len(self._held)
+        numbers = [torch.full(ids.shape, first + n) for n, ids in enumerate(self._held)]
+        places = torch.arange(self.lookups - self._held_lookups, self.lookups)
+        columns = torch.stack((torch.cat(self._held), torch.cat(numbers), places)).numpy()
+        self._held, self._held_lookups = [], 0
+        level = 0
+        while columns.shape[1] and level < len(self._kept):
+            kept = self._kept[level]
+            # What the next one begins with must still be here.
+            if level + 1 == len(self._kept) and kept.size + columns.shape[1] > self._events:
+                self._kept.append(kept.sampled(level + 1))
+            kept.append(columns)
+            level += 1
+            columns = _sampled(columns, level)
+
+    @classmethod
+    def merged(cls, parts: Sequence[AccessSample]) -> AccessSample:
+        """Samples of the same batches in several places, such as the row shards of a table, as one.
+
+        Raises:
+            ConfigError: no sample, or tables of different sizes.
+        """
+        if not parts or len({part.rows for part in parts}) != 1:
+            raise ConfigError(f"samples of one table are needed, got tables of {[part.rows for part in parts]} rows")
+        for part in parts:
+            part._settle()
+        whole = cls(parts[0].rows, events=max(part._events for part in parts))
+        whole.lookups, whole.batches = sum(part.lookups for part in parts), max(part.batches for part in parts)
+        whole._kept = []
+        while not whole._kept or whole._kept[-1].lost:
+            level = len(whole._kept)
+            # The last window of a part spans all of it, so that fewer rows of it are what the next ones would have.
+            kept = [p._kept[level] if level < len(p._kept) else p._kept[-1].sampled(level) for p in parts]
+            whole._kept.append(_Kept.joined(kept, whole._events))
+        return whole
+
+
+def sample_trace(
+    ids: Tensor | npt.NDArray[np.integer] | Iterable[Tensor], rows: int, *, batch: int, events: int = DEFAULT_EVENTS
+) -> AccessSample:
+    """A sample of a trace: one array of ids, taken as batches of `batch` lookups, or an iterable of batches.
+
+    Raises:
+        ConfigError: `batch` is not a positive int.
+        InputError: no lookups at all.
+        RowIndexError: an id outside the table.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ConfigError(f"a batch has a positive number of lookups, got {batch!r}")
+    sample = AccessSample(rows, events=events)
+    if isinstance(ids, (Tensor, np.ndarray)):
+        flat = ids.reshape(-1)
+        for start in range(0, len(flat), batch):
+            sample.add(flat[start : start + batch])
+    else:
+        for each in ids:
+            sample.add(each)
+    if not sample.lookups:
+        raise InputError("a trace needs at least one integer id, got none")
+    return sample
+
+
+def row_hash(ids: Tensor) -> Tensor:
+    """A number of 32 bits for each row id [N] int64: [N] int64.
+
+    Two rounds of multiply and shift, so that regular ids do not make regular samples.
+    """
+    mixed = ids * _SPREAD
+    mixed = (mixed ^ (mixed >> 29)) * _STIR
+    return (mixed >> (63 - _HASH_BITS)) & ((1 << _HASH_BITS) - 1)
+
+
+def _sampled(columns: Ints, level: int) -> Ints:
+    """What of columns [C, N], ids first, is of the one row in 2**level that is sampled. Each level is part of the one
+    before."""
+    wanted = row_hash(torch.from_numpy(columns[0])) < 1 << (_HASH_BITS - level)
+    return columns[:, wanted.numpy()]
+
+
+class _Kept:
+    """The last so many ids, with the numbers of their batches and their places: columns [3, N] int64."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._end, self.lost = most, 0, False
+        self._space: Ints = np.empty((3, LEAST_EVENTS), dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        return min(self._end, self._most)
+
+    @property
+    def nbytes(self) -> int:
+        return self._space.nbytes
+
+    @property
+    def columns(self) -> Ints:
+        return self._space[:, self._end - self.size : self._end]
+
+    def append(self, columns: Ints) -> None:
+        count = columns.shape[1]
+        self.lost = self.lost or self.size + count > self._most
+        columns = columns[:, -self._most :]
+        if self._end + columns.shape[1] > self._space.shape[1]:
+            held = self.columns
+            # Twice the most, so that what is kept moves to the front only once in so many lookups.
+            room = min(2 * (held.shape[1] + columns.shape[1]), 2 * self._most)
+            self._space, self._end = np.empty((3, room), dtype=np.int64), held.shape[1]
+            self._space[:, : self._end] = held
+        self._space[:, self._end : self._end + columns.shape[1]] = columns
+        self._end += columns.shape[1]
+
+    def sampled(self, level: int) -> _Kept:
+        """What of this is in one in 2**level rows."""
+        fewer = _Kept(self._most)
+        fewer.append(_sampled(self.columns, level))
+        fewer.lost = self.lost
+        return fewer
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Kept], most: int) -> _Kept:
+        """The lookups of all in order of their batches, from the first batch on that all of them still have whole."""
+        first = max((int(part.columns[1, 0]) + 1 for part in parts if part.lost), default=0)
+        columns = [part.columns[:, part.columns[1] >= first] for part in parts]
+        joined = np.concatenate(columns, axis=1)
+        # Every lookup moves the place on by as much as it did in its own part.
+        steps = np.concatenate([np.diff(part[2], prepend=part[2, :1]) for part in columns])
+        order = np.argsort(joined[1], kind="stable")
+        joined = joined[:, order]
+        joined[2] = np.cumsum(steps[order]) + sum(int(part[2, 0]) for part in columns if part.shape[1])
+        whole = cls(most)
+        whole.append(joined)
+        whole.lost = whole.lost or any(part.lost for part in parts)
+        return whole
+
+
+__all__ = ["DEFAULT_EVENTS", "LEAST_EVENTS", "RECORDED_EVENTS", "AccessSample", "Window", "row_hash", "sample_trace"]
