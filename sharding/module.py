@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec_turbossd.errors import ClosedError, UnknownTableError, UnsupportedError
 from torchrec_turbossd.metrics import TableReads
 from torchrec_turbossd.planner.kernel import TURBO_SSD
+from torchrec_turbossd.sharding.collective import everywhere
 from torchrec_turbossd.sharding.kernel import (
     KernelOptions,
     TurboSSDKernel,
@@ -30,7 +32,9 @@ from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
 from torchrec_turbossd.sharding.refusals import check_module
 from torchrec_turbossd.sharding.state import consume_weights, load_weight, sharded_weight
 from torchrec_turbossd.sharding.updates import RowUpdate, apply, route
-from torchrec_turbossd.tables import TableSpec
+from torchrec_turbossd.sizing import RECORDED_EVENTS, AccessSample
+from torchrec_turbossd.tables import TableShard, TableSpec
+from torchrec_turbossd.tbe.recording import of_whole_tables
 from torchrec_turbossd.tbe.training_options import row_state
 
 
@@ -46,7 +50,8 @@ class TurboSSDOptions:
 class TurboSSDShardedModule(nn.Module):
     """A sharded `EmbeddingBagCollection` or `EmbeddingCollection` with tables on SSD.
 
-    Beyond TorchRec's module it has `streaming_update`, `flush`, `read_stats`, `slots` and `close`.
+    Beyond TorchRec's module it has `streaming_update`, `flush`, `read_stats`, `record_access`, `access_samples`,
+    `slots` and `close`.
     """
 
     _TABLES: str
@@ -241,6 +246,38 @@ class TurboSSDShardedModule(nn.Module):
                 name = shard.table.name
                 counted[name] = counted[name] + reads if name in counted else reads
         return counted
+
+    def record_access(self, on: bool = True, *, events: int = RECORDED_EVENTS) -> None:
+        """Record which rows of SSD-backed tables are asked for, from now on and with nothing from before, or stop and
+        forget. Not collective, but to be called on every rank between the same two steps.
+
+        `AccessProfile.from_cache(sharded)` makes profiles of what was recorded, to plan with. It costs a step some time
+        and the host some MiB a table, both for as long as it is on.
+
+        Args:
+            events: lookups of a table that each window of its sample keeps; see `AccessSample`.
+        """
+        self._check_open()
+        for kernel in self._kernels():
+            recorder = kernel.emb_module.rows.recorder
+            if on:
+                recorder.start(events)
+            else:
+                recorder.stop()
+
+    def access_samples(self) -> dict[str, AccessSample]:
+        """What was recorded since `record_access()`, by SSD-backed table, of all ranks together: collective, and every
+        rank gets all.
+
+        Raises:
+            ConfigError: nothing is being recorded.
+            SnapshotError: so it was on another rank.
+        """
+        self._check_open()
+        return of_whole_tables(itertools.chain.from_iterable(everywhere(self._env.process_group, self._recorded)))
+
+    def _recorded(self) -> list[tuple[TableShard, AccessSample]]:
+        return [found for kernel in self._kernels() for found in kernel.emb_module.rows.recorder.samples()]
 
     @property
     def slots(self) -> dict[str, int]:

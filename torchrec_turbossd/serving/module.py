@@ -18,9 +18,10 @@ from torchrec_turbossd.serving.config import ServingConfig, check_access, check_
 from torchrec_turbossd.serving.live import LiveRows
 from torchrec_turbossd.serving.sizing import CUDA_ALIGNMENT, GIB, fast_bytes, plan_slots, slots_for_hit_rate
 from torchrec_turbossd.serving.updates import check_version, max_row_width, parse_update
-from torchrec_turbossd.sizing import AccessProfile
+from torchrec_turbossd.sizing import RECORDED_EVENTS, AccessProfile, AccessSample
 from torchrec_turbossd.snapshot import Manifest
 from torchrec_turbossd.tables import TableShard, TableSpec, specs_from
+from torchrec_turbossd.tbe.recording import of_whole_tables
 from torchrec_turbossd.tbe.serving import ServingOptions, TurboSSDIntNBitTableBatchedEmbeddingBags
 
 
@@ -203,6 +204,29 @@ class TurboSSDInferenceModule(nn.Module):
     def read_stats(self) -> dict[str, TableReads]:
         """Reads of each table since the module was made: from slots (hits) and from SSD (misses)."""
         return self.tbe.rows.counters.read()
+
+    def record_access(self, on: bool = True, *, events: int = RECORDED_EVENTS) -> None:
+        """Record which rows are asked for, from now on and with nothing from before, or stop and forget.
+
+        `AccessProfile.from_cache(module)` makes profiles of what was recorded, to plan with. It costs lookups some time
+        and the host some MiB a table, both for as long as it is on.
+
+        Args:
+            events: lookups of a table that each window of its sample keeps; see `AccessSample`.
+        """
+        self._live.check_open()
+        if on:
+            self.tbe.rows.recorder.start(events)
+        else:
+            self.tbe.rows.recorder.stop()
+
+    def access_samples(self) -> dict[str, AccessSample]:
+        """What was recorded since `record_access()`, by table.
+
+        Raises:
+            ConfigError: nothing is being recorded.
+        """
+        return of_whole_tables(self.tbe.rows.recorder.samples())
 
     @property
     def slots(self) -> dict[str, int]:

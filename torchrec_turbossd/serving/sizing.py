@@ -25,7 +25,8 @@ LEAST_SLOTS = 1024
 
 GIB = 1 << 30
 CUDA_ALIGNMENT, CPU_ALIGNMENT = 16, 1
-"""FBGEMM pads rows to this many bytes."""
+"""FBGEMM pads rows to this many bytes on a CUDA device, and on a CPU machine."""
+_DEVICES = {CUDA_ALIGNMENT: "cuda", CPU_ALIGNMENT: "cpu"}
 
 
 def padded_row_bytes(dim: int, data_type: SparseType, alignment: int) -> int:
@@ -34,9 +35,13 @@ def padded_row_bytes(dim: int, data_type: SparseType, alignment: int) -> int:
 
 
 def fast_bytes(tables: Sequence[TableSpec], slots: Sequence[int], alignment: int) -> int:
-    """Bytes of fast memory: slots, the reserved one of each table, bookkeeping, and the slot map over all rows."""
+    """Bytes of fast memory: slots, the reserved one of each table, bookkeeping, and the slot map over all rows.
+
+    Of the bookkeeping on a CUDA device only what is there: `HOST_BYTES_PER_SLOT` of each slot are the host's. Batches
+    in flight come on top, and while a generation is exchanged the bookkeeping of the other one's slots.
+    """
     return sum(
-        shard_fast_bytes(count, t.rows, padded_row_bytes(t.dim, t.data_type, alignment))
+        shard_fast_bytes(count, t.rows, padded_row_bytes(t.dim, t.data_type, alignment), _DEVICES[alignment])
         for t, count in zip(tables, slots, strict=True)
     )
 
@@ -79,7 +84,7 @@ def _split(
     """The best split of a budget in bytes, with at least and at most so many slots of each table."""
     items = {}
     for table, least, most in zip(tables, *limits, strict=True):
-        per_slot = slot_bytes(padded_row_bytes(table.dim, table.data_type, alignment))
+        per_slot = slot_bytes(padded_row_bytes(table.dim, table.data_type, alignment), _DEVICES[alignment])
         items[table.name] = BudgetItem(
             bytes_per_slot=per_slot,
             curve=_curve(table, config.access),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -134,6 +135,10 @@ class AccessSample:
             kept.append(columns)
             level += 1
             columns = _sampled(columns, level)
+
+    def copy(self) -> AccessSample:
+        """One that goes its own way."""
+        return copy.deepcopy(self)
 
     @classmethod
     def merged(cls, parts: Sequence[AccessSample]) -> AccessSample:

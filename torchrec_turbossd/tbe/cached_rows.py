@@ -20,6 +20,7 @@ from torchrec_turbossd.rows import initial_rows
 from torchrec_turbossd.store.contract import Rows, RowStore
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.layout import Batch, Bounds, Layout
+from torchrec_turbossd.tbe.recording import AccessRecorder
 from torchrec_turbossd.tbe.slot_memory import SlotMemory
 
 _FLUSH_ROWS = 65536
@@ -108,6 +109,7 @@ class CachedRows:
             table_rows=[s.table.rows for s in shards],
         )
         self.counters = ReadCounters(names)
+        self.recorder = AccessRecorder(self.shards, self.cache.base_of)
         self.lock = threading.RLock()
         self.outside = 0
         """Batches in flight that run outside the slots; the caller's to count."""
@@ -134,6 +136,7 @@ class CachedRows:
         """Count the lookups of a batch that is used."""
         tables = len(self.shards)
         self.counters.add(arrival.batch.lookups(tables), arrival.misses(tables))
+        self.recorder.add(arrival.batch)
 
     def choose(self, batch: Batch) -> Arrival:
         """The first third of a `fetch`: which rows are absent, and which slots they will have.
@@ -288,6 +291,7 @@ class CachedRows:
             absent = [int((self.cache.slots_of(t, each) == 0).sum()) for t, each in enumerate(ids)]
             rows = [self.read_rows(table, each) for table, each in enumerate(ids)]
             self.counters.add(batch.lookups(len(self.shards)), absent)
+            self.recorder.add(batch)
             return Distinct(ids=ids, rows=rows, slots=slots, changes=self._changes)
 
     def refresh(self, distinct: Distinct, memory: SlotMemory) -> None:

@@ -20,6 +20,7 @@ from torchrec_turbossd.tbe.cached_rows import Distinct, stored_rows
 from torchrec_turbossd.tbe.in_flight import InFlight, in_small_steps
 from torchrec_turbossd.tbe.layout import Batch, Bounds, Layout, Run
 from torchrec_turbossd.tbe.read_rows import ReadRows
+from torchrec_turbossd.tbe.recording import AccessRecorder
 from torchrec_turbossd.tbe.served import Served, UpdatableStore
 from torchrec_turbossd.tbe.slot_memory import SlotMemory
 
@@ -71,6 +72,7 @@ class LookupRows:
         names = [s.table.name for s in shards]
         self.layout = Layout(names, [s.rows for s in shards], feature_table, cache.bases, bounds)
         self.counters = ReadCounters(names)
+        self.recorder = AccessRecorder(shards, cache.base_of)
         self._turn = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -188,6 +190,7 @@ class LookupRows:
             for run in batch.runs:
                 self.cache.touch(run.table, found[run.start : run.stop])
             self.counters.add(batch.lookups(len(self.shards)), misses)
+            self.recorder.add(batch)
         return slots, self.in_flight.begin_lookup()
 
     def _begin_reading(self) -> _Reader:
@@ -263,6 +266,7 @@ class LookupRows:
             ids = self._by_table(positions)
             rows, misses = self._rows_now(ids)
             self.counters.add(batch.lookups(len(self.shards)), misses)
+            self.recorder.add(batch)
         slots, start = places + 1, 0
         for table, each in enumerate(ids):
             for run in batch.runs:
