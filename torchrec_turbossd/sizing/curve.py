@@ -2,7 +2,9 @@
 
 The rate that counts here is per lookup, not per distinct id: of all lookups, repeated ones included, the share whose
 row is in a slot. A profile of a trace knows the rates that the trace had. For others lookups are taken as independent
-draws, one at a time: traffic that asks again soon for what it just asked for hits more often than this says.
+draws, one at a time: traffic that asks again soon for what it just asked for hits more often than this says, and
+batches of more lookups than a third of the slots less often (with half of the slots, by 5 points where popularity is
+nearly even).
 """
 
 from __future__ import annotations
