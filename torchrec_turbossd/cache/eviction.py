@@ -33,6 +33,11 @@ class EvictionPolicy(ABC):
     def nbytes(self) -> int:
         """Bytes that the policy keeps, on the device and on the host: `bytes_per_slot` for slots 0 to `slots`."""
 
+    @property
+    def device_nbytes(self) -> int:
+        """Those of them on the table's device."""
+        return self.nbytes
+
     @abstractmethod
     def touch(self, slots: Tensor) -> None:
         """These slots were read; they may repeat."""

@@ -51,6 +51,11 @@ class S3Fifo(EvictionPolicy):
         parts = (self._reads, self._places, self._main, self._small, self._ghost)
         return sum(part.nbytes for part in parts)
 
+    @property
+    def device_nbytes(self) -> int:
+        # The queues are the host's, wherever the slots are.
+        return self.nbytes if self.device.type == "cpu" else self._reads.nbytes
+
     def touch(self, slots: Tensor) -> None:
         self._reads.add(slots)
 

@@ -36,6 +36,11 @@ class Sieve(EvictionPolicy):
     def nbytes(self) -> int:
         return self._reads.nbytes + self._places.nbytes + self._queue.nbytes
 
+    @property
+    def device_nbytes(self) -> int:
+        # The queues are the host's, wherever the slots are.
+        return self.nbytes if self.device.type == "cpu" else self._reads.nbytes
+
     def touch(self, slots: Tensor) -> None:
         self._reads.add(slots)
 

@@ -19,7 +19,7 @@ from torchrec_turbossd.cache.slot_map import SlotMap, SparseSlotMap
 from torchrec_turbossd.errors import CacheFullError, ConfigError
 
 FREE = -1
-_LEAST_KEPT_TOUCHES, _KEPT_TOUCHES_PER_SLOT = 1 << 16, 4
+_LEAST_KEPT_TOUCHES, _SLOTS_PER_KEPT_TOUCH = 1 << 16, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ class SlotCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the slot map and of the bookkeeping beside each slot."""
+        """Bytes, where the slots are, of the slot map and of the bookkeeping beside each slot."""
         own = self._owners.nbytes + self._pins.nbytes + self._dirty.nbytes
-        return self.map.nbytes + own + sum(policy.nbytes for policy in self._policies)
+        return self.map.nbytes + own + sum(policy.device_nbytes for policy in self._policies)
 
     def lookup(self, positions: Tensor) -> Tensor:
         """Slots of slot map `positions` [N] (local id + base): [N] int32, 0 for absent."""
@@ -99,7 +99,7 @@ class SlotCache:
         """These slots of a table were read (0: a row that was absent).
 
         Kept aside until a victim is needed, so that a hit costs nothing more.
-        Of reads without a miss in between only the latest count, a few for each slot.
+        Of reads without a miss in between only the latest count, so that they take less than a byte a slot.
         """
         if self.slots[table] == self.rows[table]:
             return
@@ -108,7 +108,7 @@ class SlotCache:
         kept.append(slots.clone() if slots.nbytes < slots.untyped_storage().nbytes() else slots)
         self._kept[table] += slots.numel()
         while self._kept[table] - kept[0].numel() > max(
-            _LEAST_KEPT_TOUCHES, _KEPT_TOUCHES_PER_SLOT * self.slots[table]
+            _LEAST_KEPT_TOUCHES, self.slots[table] // _SLOTS_PER_KEPT_TOUCH
         ):
             self._kept[table] -= kept.popleft().numel()
 
