@@ -90,3 +90,21 @@ def test_a_recorded_profile_sizes_the_next_cache(tmp_path: Path) -> None:
         hits = after.read_hit_count - before.read_hit_count
         rate = hits / (after.read_total_count - before.read_total_count)
         assert rate == pytest.approx(HitRateCurve(profiles["hot"]).hit_rate(sized.slots["hot"]), abs=0.03)
+
+
+def test_a_budget_goes_where_the_lookups_were(tmp_path: Path) -> None:
+    even = AccessProfile.zipf(50_000, 0.8)
+    busy, quiet = (AccessProfile(even.rows, even.sizes, even.chances, lookups=count) for count in (9000, 1000))
+    specs = [("busy", 50_000, 4, SparseType.INT8), ("quiet", 50_000, 4, SparseType.INT8)]
+
+    def slots(name: str, **access: AccessProfile) -> dict[str, int]:
+        with TurboSSDInferenceModule.from_embedding_specs(
+            specs, str(tmp_path / name), 0.0012, device="cpu", access=access
+        ) as tested:
+            return dict(tested.slots)
+
+    weighed = slots("weighed", busy=busy, quiet=quiet)
+    assert weighed["busy"] > 3 * weighed["quiet"]
+    # Where one profile does not say how many lookups it was made from, tables count alike.
+    alike = slots("alike", busy=busy, quiet=even)
+    assert alike["busy"] == pytest.approx(alike["quiet"], rel=0.1)

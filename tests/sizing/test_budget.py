@@ -165,3 +165,33 @@ def test_fast_bytes_count_everything() -> None:
             shard_fast_bytes(*wrong)
     with pytest.raises(BudgetError):
         shard_fast_bytes(6, 5, 8)
+
+
+class Jump:
+    """A curve as a trace's: it rises over the rows that were seen, stays, and is 1 when all rows have a slot."""
+
+    def __init__(self, rows: int, seen: int, rate: float) -> None:
+        self._rows, self._seen, self._rate = rows, seen, rate
+
+    def hit_rate(self, slots: Floats, /) -> Floats:
+        rising = self._rate * np.sqrt(np.minimum(slots, self._seen) / self._seen)
+        return np.where(slots >= self._rows, 1.0, rising)
+
+
+def jumping(rows: int, seen: int, rate: float, weight: float) -> BudgetItem:
+    return BudgetItem(bytes_per_slot=10, curve=Jump(rows, seen, rate), weight=weight, floor_slots=0, max_slots=rows)
+
+
+@pytest.mark.parametrize("rows", [100, 10_000])
+def test_rows_never_seen_get_only_what_is_left_over(rows: int) -> None:
+    seen = rows // 4
+    items = {"busy": jumping(rows, seen, 0.9, 9.0), "idle": jumping(rows, seen, 0.5, 1.0)}
+    for share in (0.2, 0.3, 0.5):
+        split = split_budget(items, int(20 * rows * share))
+        if share < 0.25:
+            assert split["busy"] <= seen * 1.1 and split["idle"] <= seen * 1.1
+        else:
+            # All rows seen have a slot: the rest goes where unseen rows are asked for more, to the byte.
+            assert split["busy"] > seen and split["idle"] >= 0.9 * seen
+            assert 10 * sum(split.values()) == int(20 * rows * share)
+    assert split_budget(items, 20 * rows) == {"busy": rows, "idle": rows}

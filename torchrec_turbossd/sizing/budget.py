@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -50,6 +51,16 @@ class BudgetItem:
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError(f"a weight is finite and not negative, got {self.weight}")
 
+    @functools.cached_property
+    def jump(self) -> float:
+        """The hit rate that the last slot adds, where it is more than twice what slots do on average, else 0; so it is
+        with concave curves."""
+        if self.max_slots < 2:
+            return 0.0
+        before, last = self.curve.hit_rate(np.array([self.max_slots - 1, self.max_slots], dtype=np.float64))
+        gained = float(last - before)
+        return gained if gained * self.max_slots > 2 * float(last) else 0.0
+
     def bytes_for(self, slots: int) -> int:
         """Bytes that it takes with `slots`."""
         return self.fixed_bytes + slots * self.bytes_per_slot
@@ -73,6 +84,10 @@ def split_budget(items: Mapping[Key, BudgetItem], budget_bytes: int) -> dict[Key
     as those of access profiles are, what that misses of the best is less than the gain of one slot; where slots are so
     few that this matters, some are then traded between two items at a time. The same input gives the same result.
 
+    A curve that jumps with its very last slot, as those of traces do, is taken to stay where it was before: what a
+    cache of all rows gains over one of all rows seen so far it gains in the long run, if ever. Memory that nothing
+    else is worth goes there.
+
     Raises:
         BudgetError: the floors do not fit; or a budget that is negative or not a whole number of bytes.
     """
@@ -93,6 +108,7 @@ def split_budget(items: Mapping[Key, BudgetItem], budget_bytes: int) -> dict[Key
         taken = min(step.stop - step.start, left // price)
         slots[step.item] += taken
         left -= taken * price
+    left = _spend_on_jumps(wanted, slots, left)
     for _ in range(_TRADES):
         trade = _best_trade(wanted, np.array(slots, dtype=np.int64), left)
         if trade is None:
@@ -141,6 +157,17 @@ def _steps(number: int, item: BudgetItem) -> list[_Step]:
     ]
 
 
+def _spend_on_jumps(items: Sequence[BudgetItem], slots: list[int], left: int) -> int:
+    """Give what is left to items whose last slot is worth it, the most for its bytes first; returns what still is."""
+    prices = {n: (item.max_slots - slots[n]) * item.bytes_per_slot for n, item in enumerate(items)}
+    gains = {n: item.weight * item.jump for n, item in enumerate(items) if slots[n] < item.max_slots}
+    for number in sorted((n for n in gains if gains[n] > 0), key=lambda n: (-gains[n] / prices[n], n)):
+        taken = min(items[number].max_slots - slots[number], left // items[number].bytes_per_slot)
+        slots[number] += taken
+        left -= taken * items[number].bytes_per_slot
+    return left
+
+
 def _best_trade(items: Sequence[BudgetItem], slots: Ints, left: int) -> list[tuple[int, int]] | None:
     """The change of slots of two items, (item, change) each, that gains most; None where it is not worth the while."""
     prices = np.array([item.bytes_per_slot for item in items], dtype=np.int64)
@@ -164,7 +191,9 @@ def _best_trade(items: Sequence[BudgetItem], slots: Ints, left: int) -> list[tup
 
 
 def _gain(item: BudgetItem, slots: npt.ArrayLike) -> Floats:
-    return item.weight * item.curve.hit_rate(np.asarray(slots, dtype=np.float64))
+    """Weighted hits, without the jump."""
+    counts = np.asarray(slots, dtype=np.float64)
+    return item.weight * (item.curve.hit_rate(counts) - item.jump * (counts >= item.max_slots))
 
 
 def _grid(low: int, high: int) -> Ints:

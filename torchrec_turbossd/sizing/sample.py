@@ -17,7 +17,8 @@ DEFAULT_EVENTS = 1 << 18
 """Lookups that a window of a trace's sample keeps, 6 to 12 MiB; there is one more each time the lookups double."""
 
 RECORDED_EVENTS = 1 << 15
-"""The same where lookups are recorded while they are served: 0.8 to 1.5 MiB a window."""
+"""The same where lookups are recorded while they are served: 0.8 to 1.5 MiB a window. For small caches, which the
+first windows size, such a sample then tells of the latest lookups only."""
 
 LEAST_EVENTS = 1 << 10
 
