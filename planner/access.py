@@ -73,6 +73,8 @@ class Access:
         self._profiles = dict(profiles or {})
         self._policy = policy
         self._curve = functools.lru_cache(maxsize=None)(self._build)
+        # Most shards of a table have the same rows and slots.
+        self._known_rate = functools.lru_cache(maxsize=1 << 16)(self._rate)
 
     def curve(self, option: ShardingOption, shard: Shard) -> Curve:
         """Hit rates by slots of one shard.
@@ -90,7 +92,10 @@ class Access:
         """Predicted hit rate per lookup of one shard; 1 for a shard without rows, which is never asked."""
         if shard.size[0] == 0:
             return 1.0
-        return float(self.curve(option, shard).hit_rate(np.array([slots], dtype=np.float64))[0])
+        if option.cache_params is not None and option.cache_params.stats is not None:
+            return _rate(self.curve(option, shard), slots)
+        named = option.name if option.name in self._profiles else None
+        return self._known_rate(named, int(option.tensor.shape[0]), int(shard.size[0]), slots)
 
     def check_names(self, tables: Iterable[str]) -> None:
         """Raise `UnknownTableError` for a profile of a table that is not one of `tables`."""
@@ -102,12 +107,23 @@ class Access:
                 f"{', '.join(map(repr, known))}"
             )
 
+    def _rate(self, table: str | None, rows: int, shard_rows: int, slots: int) -> float:
+        """The hit rate of a shard of `shard_rows` of the `rows` of a table with a profile, its own or the default."""
+        if slots >= shard_rows and table is None:
+            # A curve takes a while to work out.
+            return 1.0
+        return _rate(ShardCurve(self._curve(table, rows), rows / shard_rows), slots)
+
     def _build(self, table: str | None, rows: int) -> HitRateCurve:
         """The curve of a table's own profile, or the default one that tables of equally many rows share."""
         profile = AccessProfile.zipf(rows) if table is None else self._profiles[table]
         if profile.rows != rows:
             raise ConfigError(f"table {table!r} has {rows:,} rows, its access profile {profile.rows:,}")
         return HitRateCurve(profile, self._policy)
+
+
+def _rate(curve: Curve, slots: int) -> float:
+    return float(curve.hit_rate(np.array([slots], dtype=np.float64))[0])
 
 
 __all__ = ["Access", "ProfileStatistics", "StatisticsCurve"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from torchrec.distributed.planner.types import Shard, ShardingOption, Storage
+from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.demand import Demand
 from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, fast_memory
-from torchrec_turbossd.planner.perf import miss_bytes
+from torchrec_turbossd.planner.ssd import SsdSpeed
 from torchrec_turbossd.planner.storage import add_slots, set_slots
 from torchrec_turbossd.sizing.budget import BudgetItem, split_budget
-from torchrec_turbossd.sizing.memory import slot_bytes
+from torchrec_turbossd.sizing.memory import host_slot_bytes, slot_bytes
 from torchrec_turbossd.tables import MAX_SLOTS
 
 ShardKey = tuple[int, int]
@@ -27,8 +27,9 @@ def share_leftover(
     *,
     demand: Demand,
     access: Access,
+    ssd: SsdSpeed,
 ) -> list[ShardingOption]:
-    """Give every rank's unused fast memory to the shards on SSD there, where it saves the most bytes read.
+    """Give every rank's unused fast memory to the shards on SSD there, where it saves the most time of the SSD.
 
     No shard loses a slot, shards whose size the user fixed gain none, and no rank exceeds what is available.
 
@@ -36,16 +37,26 @@ def share_leftover(
         plan: chosen options with ranks; their storage and cache parameters are updated.
         available: memory of each rank that tables may take.
         compute_device: says which memory is fast.
-        demand: lookups, which weigh the misses, as do the bytes that each reads.
+        demand: lookups of a batch, which weigh a shard's misses together with the ms that one of them takes.
         access: hit-rate curves.
+        ssd: of one rank; says the ms of a miss.
     """
-    fast = fast_memory(compute_device)
     slots: dict[ShardKey, int] = {}
-    for rank, storage in available.items():
-        used = sum(getattr(s.storage, fast) for option in plan for s in option.shards if s.rank == rank)
-        items = _items(plan, rank, demand, access)
+    wanted: dict[int, dict[ShardKey, BudgetItem]] = {rank: {} for rank in available}
+    for number, option in enumerate(plan):
+        for n, shard in enumerate(option.shards):
+            if _grows(option) and shard.size[0]:
+                per_slot = slot_bytes(option.cache_params.row_bytes[n], compute_device)
+                wanted[shard.rank][number, n] = _item(option, n, per_slot, demand, access, ssd)
+    fast = _left(plan, available, fast_memory(compute_device))
+    host, beside = _left(plan, available, "ddr"), host_slot_bytes(compute_device)
+    for rank, items in wanted.items():
+        budget = fast[rank]
+        if beside and items:
+            # Slots on a GPU take some of the host's memory too; where that is what runs out, the thinnest are counted.
+            budget = min(budget, host[rank] // beside * min(item.bytes_per_slot for item in items.values()))
         floors = sum(item.bytes_for(item.floor_slots) for item in items.values())
-        slots.update(split_budget(items, int(max(0, getattr(storage, fast) - used)) + floors))
+        slots.update(split_budget(items, budget + floors))
     for number, option in enumerate(plan):
         if _grows(option):
             grown = [slots.get((number, n), option.cache_params.slots[n]) for n in range(len(option.shards))]
@@ -53,27 +64,27 @@ def share_leftover(
     return plan
 
 
+def _left(plan: list[ShardingOption], available: Mapping[int, Storage], memory: str) -> dict[int, int]:
+    """Bytes of a kind of memory that a plan leaves on each rank."""
+    left = {rank: getattr(storage, memory) for rank, storage in available.items()}
+    for shard in (shard for option in plan for shard in option.shards):
+        left[shard.rank] -= getattr(shard.storage, memory)
+    return {rank: int(max(0, size)) for rank, size in left.items()}
+
+
 def _grows(option: ShardingOption) -> bool:
     params = option.cache_params
     return option.compute_kernel == TURBO_SSD and isinstance(params, TurboCacheParams) and not params.fixed
 
 
-def _items(plan: list[ShardingOption], rank: int, demand: Demand, access: Access) -> dict[ShardKey, BudgetItem]:
-    return {
-        (number, n): _item(option, n, shard, demand, access)
-        for number, option in enumerate(plan)
-        if _grows(option)
-        for n, shard in enumerate(option.shards)
-        if shard.rank == rank and shard.size[0]
-    }
-
-
-def _item(option: ShardingOption, number: int, shard: Shard, demand: Demand, access: Access) -> BudgetItem:
-    row_bytes = option.cache_params.row_bytes[number]
+def _item(
+    option: ShardingOption, number: int, bytes_per_slot: int, demand: Demand, access: Access, ssd: SsdSpeed
+) -> BudgetItem:
+    shard, row_bytes = option.shards[number], option.cache_params.row_bytes[number]
     return BudgetItem(
-        bytes_per_slot=slot_bytes(row_bytes),
+        bytes_per_slot=bytes_per_slot,
         curve=access.curve(option, shard),
-        weight=demand.lookups(option, shard) * miss_bytes(row_bytes),
+        weight=demand.lookups(option, shard) * ssd.miss_ms(row_bytes),
         floor_slots=option.cache_params.slots[number],
         max_slots=min(int(shard.size[0]), MAX_SLOTS),
     )
@@ -82,7 +93,8 @@ def _item(option: ShardingOption, number: int, shard: Shard, demand: Demand, acc
 def _resize(option: ShardingOption, slots: list[int], compute_device: str, access: Access) -> None:
     params = option.cache_params
     for shard, new, old, size in zip(option.shards, slots, params.slots, params.row_bytes, strict=True):
-        shard.storage = add_slots(shard.storage, compute_device, (new - old) * slot_bytes(size))
+        extra = (new - old) * slot_bytes(size, compute_device)
+        shard.storage = add_slots(shard.storage, compute_device, extra, slots=new - old)
     set_slots(option, slots, list(params.row_bytes), access, load_factor=None)
     for shard, new_rate, old_rate in zip(option.shards, option.cache_params.hit_rates, params.hit_rates, strict=True):
         if old_rate < 1:

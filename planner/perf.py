@@ -17,20 +17,13 @@ from torchrec.distributed.planner.types import (
 
 from torchrec_turbossd.planner.demand import Demand
 from torchrec_turbossd.planner.kernel import HBM_DEVICES, TURBO_SSD, TurboCacheParams
-
-SSD_BLOCK_BYTES = 4096
-"""What an SSD reads at the least: a smaller row still moves a whole block."""
+from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES, SsdSpeed
 
 REMAP_COST = 1.3
 """Time of a lookup whose rows are all in slots, in lookups of a stock table in memory."""
 
-TOTAL_SHARE = 0.01
-"""How much the time of all ranks counts beside that of the slowest one."""
-
-
-def miss_bytes(row_bytes: int) -> int:
-    """Bytes that an SSD reads for one miss of a row of `row_bytes`."""
-    return max(row_bytes, SSD_BLOCK_BYTES)
+MEAN_SHARE = 0.02
+"""How much the mean time of all ranks counts beside that of the slowest one."""
 
 
 class TurboSSDPerfConfig(EmbeddingPerfEstimatorConfig):
@@ -55,14 +48,21 @@ class TurboSSDPerfConfig(EmbeddingPerfEstimatorConfig):
 
 
 class TurboSSDPerfEstimator(ShardEstimator):
-    """TorchRec's estimates, with the reads of rows that are not in slots as `prefetch_compute`.
+    """TorchRec's estimates, with the misses of rows that are not in slots as `prefetch_compute`, in ms a batch.
 
-    Time per byte adds up: hits at the speed of fast memory, misses at the SSD's, where a row smaller than a block
-    costs a block. Only the lookup pays for misses; its gradient finds the rows in slots. Each column shard reads its
-    part of a row by itself, so that columns narrower than a block cost as many reads as whole rows, in every shard.
+    A miss costs what the SSD takes for it, `SsdSpeed.miss_ms`: a read, and at least a block of bytes. Misses add up
+    over the tables of a rank, which errs on the slow side where some want for reads and others for bytes. Only the
+    lookup pays for misses; its gradient finds the rows in slots. Each column shard reads its part of a row by itself,
+    so that columns narrower than a block cost as many reads as whole rows, in every shard. Rows that misses push out of
+    slots are counted as `SsdSpeed.writes_per_read` says.
 
-    It comes after the storage estimator, which decides the slots that the hit rates follow from. `Topology` prices
-    the SSD: its default, `ssd_mem_bw` of 100 MB/s, is a hard disk's.
+    It comes after the storage estimator, which decides the slots that the hit rates follow from.
+
+    Args:
+        topology: speeds of memory, and of the SSD where `ssd` is None.
+        constraints: the user's.
+        demand: lookups.
+        ssd: of one rank; None: `SsdSpeed.of(topology)`.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class TurboSSDPerfEstimator(ShardEstimator):
         constraints: Mapping[str, ParameterConstraints] | None = None,
         *,
         demand: Demand,
+        ssd: SsdSpeed | None = None,
     ) -> None:
-        self._demand, self._ssd_mem_bw = demand, topology.ssd_mem_bw
+        self._demand, self._ssd = demand, ssd or SsdSpeed.of(topology)
         self._stock = EmbeddingPerfEstimatorFactory.create_with_config(
             TurboSSDPerfConfig(), topology=topology, constraints=dict(constraints or {})
         )
@@ -86,34 +87,50 @@ class TurboSSDPerfEstimator(ShardEstimator):
                 continue
             for shard, rate, size in zip(option.shards, params.hit_rates, params.row_bytes, strict=True):
                 misses = self._demand.lookups(option, shard) * (1.0 - rate)
-                reads = misses * miss_bytes(size) / self._ssd_mem_bw
-                shard.perf = dataclasses.replace(shard.perf, prefetch_compute=shard.perf.prefetch_compute + reads)
+                wait = shard.perf.prefetch_compute + misses * self._ssd.miss_ms(size)
+                shard.perf = dataclasses.replace(shard.perf, prefetch_compute=wait)
 
 
 class TurboSSDPerfModel(PerfModel):
-    """Rates a plan by its slowest rank, as TorchRec does, plus 1 % of what all ranks do.
+    """Rates a plan by the step of its slowest rank, plus 2 % of what a rank does on average, hidden or not.
 
-    With the slowest rank alone, tables of other ranks would go to SSD for nothing.
+    With two batches or more in flight, the misses of a batch are read while the one before goes forward and backward,
+    so that a rank's step takes the longer of its embeddings' compute and communication, and its prefetch. With one,
+    nothing hides them, and the two add up. Dense layers, which hide misses too, are unknown here and not counted.
+
+    TorchRec always adds the two up (`Perf.total`), which its proposers and partitioners go by before a plan comes here:
+    they balance work over ranks, not steps.
+
+    With the slowest rank alone, tables of other ranks would go to SSD for nothing, and so would tables whose misses
+    are hidden.
+
+    Args:
+        topology: its number of ranks.
+        batches_in_flight: as `turbo_ssd_planner`'s.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, *, batches_in_flight: int = 2) -> None:
         self._ranks = topology.world_size
+        self._prefetches = batches_in_flight > 1
 
     def rate(self, plan: list[ShardingOption]) -> float:
         """Milliseconds, the lower the better."""
-        times = [0.0] * self._ranks
+        compute, prefetch = [0.0] * self._ranks, [0.0] * self._ranks
         for option in plan:
             for shard in option.shards:
-                times[shard.rank] += shard.perf.total
-        return max(times) + TOTAL_SHARE * sum(times)
+                perf = shard.perf
+                prefetch[shard.rank] += perf.prefetch_compute
+                compute[shard.rank] += perf.total - perf.prefetch_compute
+        work = [a + b for a, b in zip(compute, prefetch, strict=True)]
+        steps = map(max, compute, prefetch) if self._prefetches else work
+        return max(steps) + MEAN_SHARE * sum(work) / self._ranks
 
 
 __all__ = [
+    "MEAN_SHARE",
     "REMAP_COST",
     "SSD_BLOCK_BYTES",
-    "TOTAL_SHARE",
     "TurboSSDPerfConfig",
     "TurboSSDPerfEstimator",
     "TurboSSDPerfModel",
-    "miss_bytes",
 ]

@@ -13,7 +13,7 @@ from torch import nn
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.planners import EmbeddingShardingPlanner
-from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.proposers import GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
     PlannerError,
@@ -30,10 +30,14 @@ from torchrec_turbossd.errors import BudgetError, ConfigError
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.budget import share_leftover
 from torchrec_turbossd.planner.demand import Demand, check_constraints
+from torchrec_turbossd.planner.greedy import ThinGreedyProposer
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, fast_memory, offered_on_ssd
+from torchrec_turbossd.planner.partitioner import UniformFirstPartitioner
 from torchrec_turbossd.planner.perf import TurboSSDPerfEstimator, TurboSSDPerfModel
 from torchrec_turbossd.planner.proposer import OffloadProposer, distinct, taste
 from torchrec_turbossd.planner.shortfall import explain_shortfall
+from torchrec_turbossd.planner.space import PlannedOption, estimate_by_size
+from torchrec_turbossd.planner.ssd import SsdSpeed
 from torchrec_turbossd.planner.storage import TurboSSDStorageEstimator
 from torchrec_turbossd.sizing.profile import AccessProfile
 
@@ -49,6 +53,7 @@ def turbo_ssd_planner(
     access: Mapping[str, AccessProfile] | None = None,
     batches_in_flight: int = 2,
     storage_reservation: StorageReservation | None = None,
+    ssd: SsdSpeed | None = None,
     **kwargs: Any,
 ) -> TurboSSDPlanner:
     """An `EmbeddingShardingPlanner` that keeps tables in fast memory (HBM; DRAM on a CPU topology) while they fit,
@@ -70,6 +75,7 @@ def turbo_ssd_planner(
         access: how often rows are asked for, by table name; default: Zipf with exponent `DEFAULT_ZIPF_ALPHA`.
         batches_in_flight: batches whose rows must be in slots at once: 2 when the next one is prefetched, else 1.
         storage_reservation: memory for other things than tables; default: TorchRec's.
+        ssd: speed of a rank's SSD, as `Machine.ssd` has it; default: what `topology.ssd_mem_bw` says.
         kwargs: for `EmbeddingShardingPlanner`. A `proposer` comes after ours, instead of TorchRec's default ones;
             `callbacks` come after the caches are sized.
 
@@ -92,6 +98,7 @@ def turbo_ssd_planner(
         given,
         demand=demand,
         access=Access(access),
+        ssd=ssd or SsdSpeed.of(topology),
         storage_reservation=storage_reservation,
         **kwargs,
     )
@@ -108,13 +115,14 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
         *,
         demand: Demand,
         access: Access,
+        ssd: SsdSpeed,
         **kwargs: Any,
     ) -> None:
-        self._demand, self._access = demand, access
+        self._demand, self._access, self._ssd = demand, access, ssd
         proposers = kwargs.pop("proposer", None) or [
             GridSearchProposer(),
-            GreedyProposer(),
-            GreedyProposer(use_depth=False),
+            ThinGreedyProposer(self._free),
+            ThinGreedyProposer(self._free, use_depth=False),
             UniformProposer(),
         ]
         callbacks: list[Callback] = [self._share_leftover, *(kwargs.pop("callbacks", None) or [])]
@@ -127,15 +135,17 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
                 constraints=constraints,
                 estimator=[
                     TurboSSDStorageEstimator(topology, constraints, demand=demand, access=access),
-                    TurboSSDPerfEstimator(topology, constraints, demand=demand),
+                    TurboSSDPerfEstimator(topology, constraints, demand=demand, ssd=ssd),
                 ],
             ),
             constraints=constraints,
             proposer=[
-                OffloadProposer(topology.compute_device, demand.table_lookups, lambda: self._available().values()),
+                OffloadProposer(topology.compute_device, demand.table_lookups, self._free),
                 *(proposers if isinstance(proposers, list) else [proposers]),
             ],
-            performance_model=kwargs.pop("performance_model", None) or TurboSSDPerfModel(topology),
+            performance_model=kwargs.pop("performance_model", None)
+            or TurboSSDPerfModel(topology, batches_in_flight=demand.batches_in_flight),
+            partitioner=kwargs.pop("partitioner", None) or UniformFirstPartitioner(),
             callbacks=callbacks,
             **kwargs,
         )
@@ -186,13 +196,24 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
             return error
 
     def _share_leftover(self, plan: list[ShardingOption]) -> list[ShardingOption]:
+        for shard in (shard for option in plan for shard in option.shards):
+            # Estimates are shared until here; whoever comes now may change those of one shard.
+            shard.storage, shard.perf = dataclasses.replace(shard.storage), dataclasses.replace(shard.perf)
         return share_leftover(
-            plan, self._available(), self._topology.compute_device, demand=self._demand, access=self._access
+            plan,
+            self._available(),
+            self._topology.compute_device,
+            demand=self._demand,
+            access=self._access,
+            ssd=self._ssd,
         )
 
     def _available(self) -> dict[int, Storage]:
         topology = self._storage_reservation.last_reserved_topology or self._topology
         return {device.rank: device.storage for device in topology.devices}
+
+    def _free(self) -> list[Storage]:
+        return list(self._available().values())
 
     def _explain(self, error: PlannerError) -> str:
         options = self._enumerator.last_stored_search_space
@@ -201,12 +222,12 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
         device = self._topology.compute_device
         sharders = self._enumerator.sharder_map
         unable = {key for key, sharder in sharders.items() if not offered_on_ssd(sharder, device)}
-        return explain_shortfall(options, list(self._available().values()), device, unable)
+        return explain_shortfall(options, self._free(), device, unable)
 
 
 class _Enumerator(EmbeddingEnumerator):
     """TorchRec's, in the same order in every run (some of its versions go through sets of strings), and without options
-    that are another one by a different name."""
+    that are another one by a different name. Where there are thousands of shards it is quick nevertheless."""
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         try:
@@ -216,7 +237,12 @@ class _Enumerator(EmbeddingEnumerator):
                 raise
             raise ConfigError(f"{str(error).rstrip('. ')}. {_offers(sharders, self._compute_device)}") from error
         order = {name: n for n, name in enumerate(dict.fromkeys(option.fqn for option in options))}
-        return distinct(sorted(options, key=lambda o: (order[o.fqn], *taste(o))))
+        kept = distinct(sorted(options, key=lambda o: (order[o.fqn], *taste(o))))
+        return [PlannedOption.of(option) for option in kept]
+
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """Set storage and perf of every shard."""
+        estimate_by_size(sharding_options, super().populate_estimates)
 
 
 def _offers(sharders: list[ModuleSharder[nn.Module]], compute_device: str) -> str:

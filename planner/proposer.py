@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from functools import reduce
 
+import numpy as np
+import numpy.typing as npt
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Storage, Topology
 from torchrec.distributed.types import ShardingType
 
 from torchrec_turbossd.planner.kernel import TURBO_SSD, fast_memory
+from torchrec_turbossd.planner.space import STORAGE, facts_of
 
 _SIMPLEST_FIRST = [
     ShardingType.TABLE_WISE.value,
@@ -24,39 +26,123 @@ _SIMPLEST_FIRST = [
 ]
 _RESIDENT = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
 _CUTS = (math.inf, *(2.0**-n for n in range(7)), 0.0)
+_ONE_BY_ONE = 4
+"""How many tables more than a cut starts with leave one at a time, before strides grow."""
 
 
 @dataclass(frozen=True)
 class _Way:
     """A way to hold a table: its ms and memory, all ranks together, and the most that a shard takes, in ms, fast memory
-    and SSD."""
+    and SSD. `total` is [3], as `STORAGE` has it."""
 
     option: ShardingOption
     work: float
-    total: Storage
+    total: npt.NDArray[np.float64]
     heaviest: tuple[float, float, float]
 
     @classmethod
-    def of(cls, option: ShardingOption, fast: str) -> _Way:
-        shards = [(s.perf.total, getattr(s.storage, fast), s.storage.ssd) for s in option.shards]
-        times, memory, ssd = (max(values) for values in zip(*shards, strict=True))
-        return cls(option, option.total_perf, option.total_storage, (times, memory, ssd))
+    def of(cls, option: ShardingOption, fast: int) -> _Way:
+        facts = facts_of(option)
+        most = facts.storage.max(axis=0)
+        work = 0.0
+        for time in facts.times[facts.which].tolist():
+            work += time
+        heaviest = float(facts.times.max()), float(most[fast]), float(most[STORAGE.index("ssd")])
+        return cls(option, work, facts.storage[facts.which].sum(axis=0), heaviest)
 
 
 Tier = dict[str, list[_Way]]
 """A table's ways in one tier by its name, the simplest first."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tables:
+    """The tables of a model, and the room for them.
+
+    `leaving` are those that may leave fast memory, in order. `room` and `roomiest` are [3], as `STORAGE` has it: of all
+    ranks together, and of the roomiest rank in each. `fast` is the place of fast memory in them.
+    """
+
+    names: list[str]
+    resident: Tier
+    on_ssd: Tier
+    leaving: list[str]
+    room: npt.NDArray[np.float64]
+    roomiest: npt.NDArray[np.float64]
+    fast: int
+
+
+class _Cut:
+    """Proposals of one cut, by how many tables have left."""
+
+    def __init__(self, tables: _Tables, limit: float) -> None:
+        self._tables, self._limit = tables, limit
+        self._turn = {name: turn for turn, name in enumerate(tables.leaving)}
+        self._picked: dict[tuple[str, bool, float], _Way] = {}
+
+    def walk(self) -> Generator[list[_Way], bool, None]:
+        """Proposals that may fit, each answered by whether it does; the last one that does has the fewest tables on
+        SSD among those tried."""
+        last = len(self._tables.leaving)
+        first = bisect.bisect_left(range(last + 1), True, key=self._has_fast_memory)
+        if first > last:
+            return
+        short, count = first - 1, first
+        while not (yield from self._fits(count)):
+            if count == last:
+                return
+            short, count = count, min(last, count + max(1, count - first - _ONE_BY_ONE + 1))
+        while count - short > 1:
+            middle = (short + count) // 2
+            if (yield from self._fits(middle)):
+                count = middle
+            else:
+                short = middle
+
+    def _fits(self, count: int) -> Generator[list[_Way], bool, bool]:
+        ways = self._ways(count)
+        return bool((_total(ways) <= self._tables.room).all()) and (yield ways)
+
+    def _has_fast_memory(self, count: int) -> bool:
+        fast = self._tables.fast
+        return bool(_total(self._ways(count))[fast] <= self._tables.room[fast])
+
+    def _ways(self, count: int) -> list[_Way]:
+        tables = self._tables
+        gone = [name not in tables.resident or self._turn.get(name, count) < count for name in tables.names]
+        pairs = list(zip(tables.names, gone, strict=True))
+        slowest = max((tables.on_ssd if left else tables.resident)[name][0].heaviest[0] for name, left in pairs)
+        return [self._pick(name, left, slowest) for name, left in pairs]
+
+    def _pick(self, name: str, gone: bool, slowest: float) -> _Way:
+        known = self._picked.get((name, gone, slowest))
+        if known is None:
+            tables = self._tables
+            roomiest = tables.roomiest[tables.fast], tables.roomiest[STORAGE.index("ssd")]
+            ways = (tables.on_ssd if gone else tables.resident)[name]
+            known = _pick(ways, (slowest, float(roomiest[0]), float(roomiest[1])), self._limit)
+            self._picked[name, gone, slowest] = known
+        return known
+
+
+def _total(ways: list[_Way]) -> npt.NDArray[np.float64]:
+    total: npt.NDArray[np.float64] = np.array([way.total for way in ways]).sum(axis=0)
+    return total
+
+
 class OffloadProposer(Proposer):
-    """Proposes all tables in fast memory, then one more on SSD at a time, until a plan fits.
+    """Proposes all tables in fast memory, then more and more on SSD, until a plan fits, and no more than that takes.
 
     The next to go is the table with the fewest lookups for each byte of fast memory that its leaving frees. This is
     done in several cuts, and TorchRec keeps the plan that it rates best. In the first, every table is sharded in the
     simplest way. In the others, it is in the one of the least work, all ranks together, among those without a shard
     that weighs more than a limit, which halves from cut to cut; where there is none, in that with the lightest shards.
     A shard weighs the largest of: its time, in that of the first cut's slowest shard; its fast memory and its SSD, in
-    those of the roomiest rank. Proposals that cannot fit even in the sum of all ranks are skipped; whether the others
-    fit, TorchRec's partitioner says.
+    those of the roomiest rank.
+
+    A cut starts with the fewest tables on SSD with which the rest fits in the sum of all ranks; whether it fits rank by
+    rank, TorchRec's partitioner says. The first few more go one at a time. Then strides double, and the last one, which
+    led to a plan, is halved until one table fewer would not fit: a handful of proposals, however many tables there are.
 
     Args:
         compute_device: says which memory is fast.
@@ -70,24 +156,34 @@ class OffloadProposer(Proposer):
         lookups: Callable[[ShardingOption], float],
         ranks: Callable[[], Iterable[Storage]],
     ) -> None:
-        self._fast = fast_memory(compute_device)
+        self._fast = STORAGE.index(fast_memory(compute_device))
         self._lookups, self._ranks = lookups, ranks
-        self._resident: Tier = {}
-        self._on_ssd: Tier = {}
-        self._cuts: list[Iterator[list[_Way]]] = []
+        self._walks: list[Generator[list[_Way], bool, None]] = []
         self._current: list[_Way] | None = None
 
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
         """Start over with the options of every table."""
         names = list(dict.fromkeys(option.fqn for option in search_space))
-        ours = [option for option in search_space if option.compute_kernel == TURBO_SSD]
-        stock = [option for option in search_space if option.compute_kernel != TURBO_SSD]
-        self._resident, self._on_ssd = self._by_table(stock), self._by_table(ours)
-        ranks = list(self._ranks())
-        self._room = reduce(operator.add, ranks)
-        self._roomiest = max(getattr(rank, self._fast) for rank in ranks), max(rank.ssd for rank in ranks)
-        self._cuts = [self._walk(names, limit) for limit in _CUTS] if names else []
-        self._advance()
+        on_ssd = self._by_table(option for option in search_space if option.compute_kernel == TURBO_SSD)
+        resident = self._by_table(option for option in search_space if option.compute_kernel != TURBO_SSD)
+        # Lookups for each byte that a table's leaving frees, then its name, so that every run agrees.
+        worth = {}
+        for name in names:
+            freed = self._freed(resident[name][0], on_ssd[name][0]) if name in resident and name in on_ssd else 0.0
+            if freed > 0:
+                worth[name] = self._lookups(resident[name][0].option) / freed, name
+        ranks = np.array([[getattr(rank, kind) for kind in STORAGE] for rank in self._ranks()], dtype=np.float64)
+        tables = _Tables(
+            names=names,
+            resident=resident,
+            on_ssd=on_ssd,
+            leaving=sorted(worth, key=worth.__getitem__),
+            room=ranks.sum(axis=0),
+            roomiest=ranks.max(axis=0),
+            fast=self._fast,
+        )
+        self._walks = [_Cut(tables, limit).walk() for limit in _CUTS] if names else []
+        self._start()
 
     def propose(self) -> list[ShardingOption] | None:
         """One option for each table; None when there is nothing more to propose."""
@@ -100,41 +196,25 @@ class OffloadProposer(Proposer):
         perf_rating: float | None = None,
         storage_constraint: Topology | None = None,
     ) -> None:
-        """Move on to the next proposal, which is of the next cut where this one fits."""
-        if partitionable:
-            del self._cuts[:1]
-        self._advance()
+        """Move on to the next proposal, with fewer tables on SSD where this one fits, else with more."""
+        try:
+            self._current = self._walks[0].send(partitionable)
+        except StopIteration:
+            del self._walks[0]
+            self._start()
 
-    def _advance(self) -> None:
+    def _start(self) -> None:
+        """Go to the first proposal of the next cut that has one."""
         self._current = None
-        while self._cuts and self._current is None:
-            self._current = next((ways for ways in self._cuts[0] if self._may_fit(ways)), None)
+        while self._walks and self._current is None:
+            self._current = next(self._walks[0], None)
             if self._current is None:
-                del self._cuts[0]
+                del self._walks[0]
 
-    def _may_fit(self, ways: Sequence[_Way]) -> bool:
-        return bool(reduce(operator.add, (way.total for way in ways)).fits_in(self._room))
+    def _freed(self, resident: _Way, on_ssd: _Way) -> float:
+        return float(resident.total[self._fast] - on_ssd.total[self._fast])
 
-    def _walk(self, names: list[str], limit: float) -> Iterator[list[_Way]]:
-        """Every proposal of a cut, in order."""
-        movable = [name for name in names if name in self._resident and name in self._on_ssd]
-        gone = {name for name in names if name not in self._resident}
-        for leaving in [None, *sorted((n for n in movable if self._frees(n) > 0), key=self._worth)]:
-            if leaving is not None:
-                gone.add(leaving)
-            tiers = [self._on_ssd[name] if name in gone else self._resident[name] for name in names]
-            slowest = max(ways[0].heaviest[0] for ways in tiers)
-            yield [_pick(ways, (slowest, *self._roomiest), limit) for ways in tiers]
-
-    def _worth(self, name: str) -> tuple[float, str]:
-        """Lookups for each byte that its leaving frees, then the name, so that every run agrees."""
-        return self._lookups(self._resident[name][0].option) / self._frees(name), name
-
-    def _frees(self, name: str) -> int:
-        resident, on_ssd = self._resident[name][0], self._on_ssd[name][0]
-        return int(getattr(resident.total, self._fast) - getattr(on_ssd.total, self._fast))
-
-    def _by_table(self, options: list[ShardingOption]) -> Tier:
+    def _by_table(self, options: Iterable[ShardingOption]) -> Tier:
         tier: Tier = {}
         for option in sorted(options, key=taste):
             tier.setdefault(option.fqn, []).append(_Way.of(option, self._fast))

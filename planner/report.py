@@ -13,7 +13,9 @@ from torchrec.distributed.types import ModuleSharder, ParameterSharding, Shardin
 from torchrec_turbossd.planner.demand import row_bytes
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, TurboCacheParams, slots_of
 from torchrec_turbossd.planner.shortfall import human
-from torchrec_turbossd.sizing.memory import shard_fast_bytes
+from torchrec_turbossd.planner.storage import store_options
+from torchrec_turbossd.sizing.memory import shard_fast_bytes, shard_host_bytes, store_bytes
+from torchrec_turbossd.store.rocks_options import RocksOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,10 @@ class PlanRow:
         first_row, first_col: where in the table it begins.
         whole_rows: whether it has all columns of the table.
         slots: its rows of fast memory; None where all rows are in memory.
-        fast_bytes: fast memory it takes, input and output left out; None where the model is not at hand.
+        fast_bytes: fast memory it takes, batches left out; None where the model is not at hand.
         ssd_bytes: SSD it takes when every row has been written.
         hit_rate: predicted share of lookups, repeated ones included, whose row is in fast memory.
+        host_bytes: host memory it takes beside its fast memory, batches and the row store left out.
     """
 
     module: str
@@ -50,6 +53,7 @@ class PlanRow:
     fast_bytes: int | None
     ssd_bytes: int
     hit_rate: float | None
+    host_bytes: int = 0
 
 
 def describe_plan(
@@ -71,7 +75,18 @@ def describe_plan(
 
 def format_plan(rows: Iterable[PlanRow]) -> str:
     """The rows as a text table; a column shard's columns are followed by those of the table that they are."""
-    head = ("table", "rank", "tier", "sharding", "rows x cols", "slots", "fast memory", "SSD", "hit rate")
+    head = (
+        "table",
+        "rank",
+        "tier",
+        "sharding",
+        "rows x cols",
+        "slots",
+        "fast memory",
+        "host memory",
+        "SSD",
+        "hit rate",
+    )
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[n]) for line in cells) for n in range(len(head))]
     return "\n".join(
@@ -89,6 +104,7 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
         _extent(row),
         ("-" if on_ssd else "all") if row.slots is None else f"{row.slots:,}",
         "-" if row.fast_bytes is None else human(row.fast_bytes),
+        human(row.host_bytes) if row.host_bytes else "-",
         human(row.ssd_bytes) if row.ssd_bytes else "-",
         "-" if row.hit_rate is None else f"{row.hit_rate:.1%}",
     )
@@ -117,7 +133,8 @@ def _rows(
     on_ssd = sharding.compute_kernel in (TURBO_SSD, KEY_VALUE)
     places = list(_places(sharding, tensor))
     for number, place in enumerate(places):
-        slots, fast, ssd, rate = _cache(sharding, number, place) if on_ssd else (None, None, 0, 1.0)
+        cache = _cache(sharding, number, place) if on_ssd else _Cache(hit_rate=1.0)
+        fast = cache.fast_bytes
         if not on_ssd and tensor is not None and place.size is not None:
             fast = place.size[0] * row_bytes(tensor, place.size[1], fused_params)
         yield PlanRow(
@@ -132,23 +149,63 @@ def _rows(
             first_row=place.first[0],
             first_col=place.first[1],
             whole_rows=len({other.first[1] for other in places}) == 1,
-            slots=slots,
+            slots=cache.slots,
             fast_bytes=fast,
-            ssd_bytes=ssd,
-            hit_rate=rate,
+            ssd_bytes=cache.ssd_bytes,
+            hit_rate=cache.hit_rate,
+            host_bytes=cache.host_bytes,
         )
 
 
-def _cache(sharding: ParameterSharding, number: int, place: _Place) -> tuple[int | None, int | None, int, float | None]:
-    """Slots, fast memory, SSD and hit rate of a shard on SSD, as far as the plan says."""
+@dataclass(frozen=True, kw_only=True)
+class _Cache:
+    """What a shard on SSD takes, as far as the plan says."""
+
+    slots: int | None = None
+    fast_bytes: int | None = None
+    host_bytes: int = 0
+    ssd_bytes: int = 0
+    hit_rate: float | None = None
+
+
+def _cache(sharding: ParameterSharding, number: int, place: _Place) -> _Cache:
     slots, params = slots_of(sharding), sharding.cache_params
     if slots is None or not isinstance(params, TurboCacheParams) or place.size is None:
-        return None, None, 0, None
+        return _Cache()
     rate = params.hit_rates[number] if params.hit_rates else None
     if not params.row_bytes:
-        return slots[number], None, 0, rate
-    rows, size = place.size[0], params.row_bytes[number]
-    return slots[number], shard_fast_bytes(slots[number], rows, size), rows * size, rate
+        return _Cache(slots=slots[number], hit_rate=rate)
+    rows, size, device = place.size[0], params.row_bytes[number], place.device or "cpu"
+    return _Cache(
+        slots=slots[number],
+        fast_bytes=shard_fast_bytes(slots[number], rows, size, device),
+        host_bytes=shard_host_bytes(slots[number], rows, device),
+        ssd_bytes=rows * size,
+        hit_rate=rate,
+    )
+
+
+def planned_store_bytes(plan: ShardingPlan) -> dict[int, int]:
+    """The most host memory that the row stores of a plan take on each rank that has some, by rank.
+
+    It comes on top of the plan's `Storage`, in which it has no part: a store is its rank's, whatever tables are there.
+    Each module has one for each SSD directory that its tables name; memory settings of `KeyValueParams` count.
+    """
+    found: dict[int, int] = {}
+    for module_plan in plan.plan.values():
+        stores: dict[tuple[int, str | None], tuple[RocksOptions, int, int]] = {}
+        for sharding in module_plan.values():
+            if sharding.compute_kernel not in (TURBO_SSD, KEY_VALUE):
+                continue
+            given = sharding.key_value_params
+            for place in _places(sharding, None):
+                key = place.rank, given.ssd_storage_directory if given is not None else None
+                options, shards, rows = stores.get(key, (RocksOptions(), 0, 0))
+                more = place.size[0] if place.size is not None else 0
+                stores[key] = store_options(options, given), shards + 1, rows + more
+        for (rank, _), (options, shards, rows) in stores.items():
+            found[rank] = found.get(rank, 0) + store_bytes(shards, rows, options)
+    return found
 
 
 def _places(sharding: ParameterSharding, tensor: Tensor | None) -> Iterator[_Place]:
@@ -182,4 +239,4 @@ def _tensors(
     return {}
 
 
-__all__ = ["PlanRow", "describe_plan", "format_plan"]
+__all__ = ["PlanRow", "describe_plan", "format_plan", "planned_store_bytes"]

@@ -28,10 +28,13 @@ def explain_shortfall(
     held = _brought_back(smallest, options, fast, sum(room))
     tight = _short_in_total(name, smallest, room, fast)
     full = _short_in_total("SSD", held, [int(rank.ssd) for rank in ranks], "ssd")
-    if not tight and not full:
+    # Slots on a GPU are kept account of on the host.
+    beside = _short_in_total("DRAM", smallest, [int(rank.ddr) for rank in ranks], "ddr") if fast == "hbm" else []
+    if not tight and not full and not beside:
         tight = _short_on_a_rank(name, options, room, fast)
-    lines = [*tight, *full]
-    advice = [f"raise Topology({fast}_cap=...) or add ranks", *_advice(options, held, ranks, unable)]
+    lines = [*tight, *beside, *full]
+    short = f"{fast}_cap=..., ddr_cap=..." if tight and beside else ("ddr_cap=..." if beside else f"{fast}_cap=...")
+    advice = [f"raise Topology({short}) or add ranks", *_advice(options, held, ranks, unable)]
     if tight:
         advice += _smaller_caches(held)
     return f"no plan fits. {' '.join(lines)} What would do: {'; '.join(advice)}."
@@ -92,9 +95,11 @@ def _count(ranks: Sequence[int]) -> str:
 def _needs(option: ShardingOption, kind: str) -> str:
     said = f"{option.name!r} {human(getattr(option.total_storage, kind))}"
     params = option.cache_params
+    # A GPU's slots have their slot map beside them, and some of their bookkeeping on the host.
+    beside = kind == "ddr" and option.total_storage.hbm > 0
     if kind == "ssd" or option.compute_kernel != TURBO_SSD or not isinstance(params, TurboCacheParams):
         return said
-    return f"{said} ({sum(params.slots):,} slots and slot map)"
+    return f"{said} ({sum(params.slots):,} slots{'' if beside else ' and slot map'})"
 
 
 def _short_on_a_rank(memory: str, options: Sequence[ShardingOption], ranks: Sequence[int], fast: str) -> list[str]:

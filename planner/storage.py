@@ -1,4 +1,4 @@
-"""What a shard on SSD takes: slots and slot map in fast memory, every row on SSD, input and output beside them."""
+"""What a shard on SSD takes: slots and slot map in fast memory, every row on SSD, and batches in flight beside them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from torchrec.distributed.planner.types import (
     Storage,
     Topology,
 )
-from torchrec.distributed.types import CacheParams
+from torchrec.distributed.types import CacheParams, KeyValueParams
 
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.demand import ROW_STATE, Demand, check_load_factor, row_bytes
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, TurboCacheParams, fast_memory
-from torchrec_turbossd.sizing.memory import shard_fast_bytes
+from torchrec_turbossd.sizing.memory import LOOKUP_BYTES, host_slot_bytes, shard_fast_bytes, shard_host_bytes
+from torchrec_turbossd.store.rocks_options import RocksOptions
 from torchrec_turbossd.tables import MAX_SLOTS
 
 
@@ -30,7 +31,17 @@ class TurboSSDStorageEstimator(ShardEstimator):
     """TorchRec's storage estimates; for tables on SSD, its input and output, and ours for the rest.
 
     A table on SSD gets the slots of its `load_factor` where the user set one, else the least that its batches need;
-    they are left in `option.cache_params` as `TurboCacheParams`.
+    they are left in `option.cache_params` as `TurboCacheParams`. Of each shard these count:
+
+    - in fast memory, slots, slot map and bookkeeping (`shard_fast_bytes`), `LOOKUP_BYTES` for each lookup of the
+      batches in flight, and TorchRec's input and output;
+    - in host memory, which is the same on a CPU machine, what `shard_host_bytes` says, and the rows of one batch as
+      they arrive from the store, as if none of its ids had been in a slot;
+    - on SSD, every row.
+
+    Not counted, because they are a rank's and not a shard's: the row store itself (`store_bytes`), and two more copies
+    of the arriving rows of one table at a time, in fast memory. A batch that does not fit in the slots has copies of
+    its rows in fast memory until its backward has ended.
 
     Args:
         topology: says which memory is fast.
@@ -47,7 +58,7 @@ class TurboSSDStorageEstimator(ShardEstimator):
         demand: Demand,
         access: Access,
     ) -> None:
-        self._fast = fast_memory(topology.compute_device)
+        self._device, self._fast = topology.compute_device, fast_memory(topology.compute_device)
         self._demand, self._access = demand, access
         given = dict(constraints or {})
         self._stock = EmbeddingStorageEstimator(topology=topology, constraints=given)
@@ -86,8 +97,7 @@ class TurboSSDStorageEstimator(ShardEstimator):
             rows, cols = shard.size
             extra = rows * sum(spec.row_bytes(cols) for spec in state)
             if shard.storage is not None:
-                fast = getattr(shard.storage, self._fast) + extra
-                shard.storage = dataclasses.replace(shard.storage, **{self._fast: fast})
+                shard.storage = _add(shard.storage, self._fast, extra)
 
     def _estimate_io(self, options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
         """TorchRec's formula for a key-value table without a cache of its own leaves input and output alone."""
@@ -103,16 +113,18 @@ class TurboSSDStorageEstimator(ShardEstimator):
 
     def _place(self, option: ShardingOption, fused_params: Mapping[str, Any]) -> None:
         factor = _load_factor(option, fused_params)
-        if factor is None:
-            slots = [self._demand.floor(option, shard) if shard.size[0] else 0 for shard in option.shards]
-        else:
+        floors = [self._demand.floor(option, shard) if shard.size[0] else 0 for shard in option.shards]
+        slots = floors
+        if factor is not None:
             slots = [min(math.ceil(factor * shard.size[0]), MAX_SLOTS) for shard in option.shards]
         sizes = [row_bytes(option.tensor, shard.size[1], fused_params) for shard in option.shards]
-        io = [shard.storage for shard in option.shards]
-        for shard, count, size, other in zip(option.shards, slots, sizes, io, strict=True):
-            rows = shard.size[0]
-            fast = getattr(other, self._fast) + shard_fast_bytes(count, rows, size)
-            shard.storage = dataclasses.replace(other, **{self._fast: fast, "ssd": rows * size})
+        for shard, count, size, floor in zip(option.shards, slots, sizes, floors, strict=True):
+            rows, batches = shard.size[0], self._demand.batches_in_flight
+            lookups = self._demand.lookups(option, shard) * batches
+            fast = shard_fast_bytes(count, rows, size, self._device) + math.ceil(LOOKUP_BYTES * lookups)
+            host = shard_host_bytes(count, rows, self._device) + -(-floor // batches) * size
+            taken = _add(_add(shard.storage, self._fast, fast), "ddr", host)
+            shard.storage = dataclasses.replace(taken, ssd=rows * size)
         set_slots(option, slots, sizes, self._access, load_factor=factor)
 
 
@@ -140,10 +152,25 @@ def set_slots(
     )
 
 
-def add_slots(storage: Storage, compute_device: str, extra_bytes: int) -> Storage:
-    """`storage` with `extra_bytes` more of fast memory."""
-    fast = fast_memory(compute_device)
-    return dataclasses.replace(storage, **{fast: getattr(storage, fast) + extra_bytes})
+def store_options(options: RocksOptions, given: KeyValueParams | None) -> RocksOptions:
+    """The settings of a store with what one of its tables asks for: of each the largest counts."""
+    if given is None:
+        return options
+    return dataclasses.replace(
+        options,
+        block_cache_bytes=max(options.block_cache_bytes, (given.l2_cache_size or 0) << 30),
+        write_buffer_bytes=max(options.write_buffer_bytes, given.ssd_rocksdb_write_buffer_size or 0),
+    )
+
+
+def add_slots(storage: Storage, compute_device: str, extra_bytes: int, slots: int = 0) -> Storage:
+    """`storage` with `extra_bytes` more of fast memory, and what `slots` more slots take of the host's beside it."""
+    grown = _add(storage, fast_memory(compute_device), extra_bytes)
+    return _add(grown, "ddr", slots * host_slot_bytes(compute_device))
+
+
+def _add(storage: Storage, memory: str, extra_bytes: int) -> Storage:
+    return dataclasses.replace(storage, **{memory: getattr(storage, memory) + extra_bytes})
 
 
 def _load_factor(option: ShardingOption, fused_params: Mapping[str, Any]) -> float | None:
@@ -152,4 +179,4 @@ def _load_factor(option: ShardingOption, fused_params: Mapping[str, Any]) -> flo
     return check_load_factor(option.name, factor if factor is not None else fused_params.get("cache_load_factor"))
 
 
-__all__ = ["TurboSSDStorageEstimator", "add_slots", "set_slots"]
+__all__ = ["TurboSSDStorageEstimator", "add_slots", "set_slots", "store_options"]

@@ -10,16 +10,17 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption, Topology
+from torchrec.distributed.planner.types import ParameterConstraints, Perf, ShardingOption, Topology
 from torchrec.distributed.types import CacheParams, KeyValueParams
 
 from tests.planner.models import Model, planner, sharders, topology
 from torchrec_turbossd.errors import ConfigError, UnsupportedError
-from torchrec_turbossd.planner import TURBO_SSD, ProfileStatistics, shard_fast_bytes
+from torchrec_turbossd.planner import TURBO_SSD, ProfileStatistics, SsdSpeed, slots_of
 from torchrec_turbossd.planner.access import StatisticsCurve
 from torchrec_turbossd.planner.demand import ROW_STATE, row_bytes
-from torchrec_turbossd.planner.perf import REMAP_COST, SSD_BLOCK_BYTES, TurboSSDPerfModel
+from torchrec_turbossd.planner.perf import MEAN_SHARE, REMAP_COST, TurboSSDPerfModel
 from torchrec_turbossd.planner.proposer import distinct, taste
+from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES
 from torchrec_turbossd.sizing import AccessProfile, HitRateCurve
 from torchrec_turbossd.tbe.training import ROW_STATE as TRAINED_STATE
 
@@ -51,14 +52,18 @@ def test_bytes_of_slots_and_rows(device: str, optimizer: EmbOptimType, state: in
     ours, fused = found["t", "table_wise", TURBO_SSD], found["t", "table_wise", "fused"]
     size = 4 * DIM + state
     (storage,) = [shard.storage for shard in ours.shards]
-    fast, other = (storage.hbm, storage.ddr) if device == "cuda" else (storage.ddr, storage.hbm)
     assert ours.cache_params.slots == (2 * BATCH,)
     assert ours.cache_params.row_bytes == (size,)
-    assert storage.ssd == ROWS * size and other == 0
+    assert storage.ssd == ROWS * size
     # Input and output are what TorchRec counts for a table in memory, beside its rows and their state.
     (held,) = [shard.storage for shard in fused.shards]
     io = (held.hbm if device == "cuda" else held.ddr) - ROWS * size
-    assert fast == io + shard_fast_bytes(2 * BATCH, ROWS, size)
+    on_device, on_host = (14, 12) if device == "cuda" else (26, 0)
+    slots = 2 * BATCH + 1
+    fast = io + slots * (size + on_device) + 4 * ROWS + 2 * BATCH * 28
+    # Beside it bookkeeping, a bit a row, and a batch of rows as it comes from the store.
+    host = slots * on_host + ROWS // 8 + BATCH * size
+    assert (storage.hbm, storage.ddr) == ((fast, host) if device == "cuda" else (0, fast + host))
     assert 0 < io < fast
 
 
@@ -162,6 +167,95 @@ def test_wide_rows_cost_their_bytes() -> None:
     assert option.shards[0].perf.prefetch_compute == pytest.approx(misses * 8192 / 1e6)
 
 
+@pytest.mark.parametrize(
+    ("ssd", "row_bytes", "ms"),
+    [
+        # A read costs its share of the reads a second, however few its bytes.
+        (SsdSpeed(reads_per_s=1e5, bytes_per_s=1e9), 64, 0.01),
+        (SsdSpeed(reads_per_s=1e5, bytes_per_s=1e9), 512, 0.01),
+        # 64 KiB, and as many written.
+        (SsdSpeed(reads_per_s=1e5, bytes_per_s=1e9), 65_536, 0.131072),
+        (SsdSpeed(reads_per_s=1e5, bytes_per_s=1e9, writes_per_read=0.0), 65_536, 0.065536),
+        # No fewer bytes than a block.
+        (SsdSpeed(reads_per_s=1e9, bytes_per_s=1e9, writes_per_read=0.0), 64, 0.004096),
+        (SsdSpeed(reads_per_s=1e9, bytes_per_s=1e9, writes_per_read=0.5), 64, 0.004128),
+    ],
+)
+def test_a_miss_costs_a_read_or_its_bytes(ssd: SsdSpeed, row_bytes: int, ms: float) -> None:
+    assert ssd.miss_ms(row_bytes) == pytest.approx(ms)
+
+
+def test_a_topology_says_a_bandwidth_of_blocks() -> None:
+    speed = SsdSpeed.of(Topology(world_size=1, compute_device="cpu", ssd_mem_bw=4096.0))
+    # 4096 bytes a ms are a thousand blocks a second.
+    assert speed == SsdSpeed(reads_per_s=1000, bytes_per_s=4_096_000, writes_per_read=0)
+    assert [speed.miss_ms(size) for size in (1, 4096, 8192)] == pytest.approx([1, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["reads_per_s", "bytes_per_s", "writes_per_read"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_absurd_speeds(name: str, value: float) -> None:
+    given = {"reads_per_s": 1.0, "bytes_per_s": 1.0, name: value}
+    with pytest.raises(ConfigError, match=name):
+        SsdSpeed(**given)
+    if name != "writes_per_read":
+        with pytest.raises(ConfigError, match="above 0, got 0"):
+            SsdSpeed(**{**given, name: 0})
+
+
+def test_the_ssd_given_wins_over_the_topology() -> None:
+    ssd = SsdSpeed(reads_per_s=2e5, bytes_per_s=1e12)
+    found = options(Model(("t", ROWS, DIM), ("wide", ROWS, 2048)), topology("cpu"), ssd=ssd)
+    for table in ("t", "wide"):
+        option = found[table, "table_wise", TURBO_SSD]
+        misses = BATCH * (1 - option.cache_params.hit_rates[0])
+        assert option.shards[0].perf.prefetch_compute == pytest.approx(misses * 1000 / 2e5)
+
+
+def leftover_of_wide(ssd: SsdSpeed | None) -> float:
+    """The share of the slots' bytes that a table with rows of 16 KiB gets beside one with rows of 128 bytes that is
+    asked for as often."""
+    model = Model(("narrow", ROWS, DIM), ("wide", ROWS, 4096))
+    plan = planner(topology("cpu", fast=60 * 10**6), BATCH, ssd=ssd).plan(model, sharders())
+    narrow, wide = (sum(slots_of(plan.plan["ebc"][name]) or ()) for name in ("narrow", "wide"))
+    return wide * 16_384 / (wide * 16_384 + narrow * 128)
+
+
+def test_leftover_memory_goes_where_a_miss_takes_longest() -> None:
+    # By bytes, a wide row's miss costs four times a narrow one's; by reads, as much, which buys fewer bytes.
+    by_bytes, by_reads = leftover_of_wide(None), leftover_of_wide(SsdSpeed(reads_per_s=1e5, bytes_per_s=1e12))
+    assert by_reads < 0.9 * by_bytes
+
+
+def rated(*shards: tuple[int, float, float], batches_in_flight: int) -> float:
+    """The rating of a plan with a shard for each (rank, compute ms, prefetch ms), on two ranks."""
+    found = options(Model(("t", ROWS, DIM)), topology("cpu", ranks=2))
+    plan = [copy.deepcopy(found["t", "table_wise", TURBO_SSD]) for _ in shards]
+    for option, (rank, compute, prefetch) in zip(plan, shards, strict=True):
+        option.shards[0].rank = rank
+        quarter = compute / 4
+        option.shards[0].perf = Perf(quarter, quarter, quarter, quarter, prefetch_compute=prefetch)
+    return TurboSSDPerfModel(topology("cpu", ranks=2), batches_in_flight=batches_in_flight).rate(plan)
+
+
+def test_prefetched_misses_are_hidden_by_compute() -> None:
+    plan = [(0, 3.0, 1.0), (0, 1.0, 4.0), (1, 4.5, 0.0)]
+    # Rank 0 computes for 4 ms and reads for 5, rank 1 computes for 4.5.
+    assert rated(*plan, batches_in_flight=2) == pytest.approx(5 + MEAN_SHARE * 13.5 / 2)
+    assert rated(*plan, batches_in_flight=3) == pytest.approx(5 + MEAN_SHARE * 13.5 / 2)
+    assert rated(*plan, batches_in_flight=1) == pytest.approx(9 + MEAN_SHARE * 13.5 / 2)
+    # What is hidden still counts a little.
+    assert rated((0, 9.0, 1.0), batches_in_flight=2) < rated((0, 9.0, 2.0), batches_in_flight=2) < 9.2
+
+
+@pytest.mark.parametrize(("batches", "step"), [(1, 7.0), (2, 4.0)])
+def test_the_planner_tells_its_model_of_prefetch(batches: int, step: float) -> None:
+    made = planner(topology("cpu"), BATCH, batches_in_flight=batches)
+    option = made._enumerator.enumerate(Model(("t", ROWS, DIM)), sharders())[0]
+    option.shards[0].rank, option.shards[0].perf = 0, Perf(1.0, 1.0, 1.0, 0.0, prefetch_compute=4.0)
+    assert made._perf_model.rate([option]) == pytest.approx(step + MEAN_SHARE * 7.0)
+
+
 def test_ranks_that_are_not_slowest_count_a_little() -> None:
     found = options(Model(("a", ROWS, DIM), ("b", ROWS // 2, DIM)), topology("cpu", ranks=2))
     slow, quick, slower = (
@@ -170,7 +264,8 @@ def test_ranks_that_are_not_slowest_count_a_little() -> None:
     )
     slow.shards[0].rank, quick.shards[0].rank, slower.shards[0].rank = 0, 1, 1
     model = TurboSSDPerfModel(topology("cpu", ranks=2))
-    assert slow.total_perf < model.rate([slow, quick]) < model.rate([slow, slower]) < 1.03 * slow.total_perf
+    step = slow.shards[0].perf.prefetch_compute
+    assert step < model.rate([slow, quick]) < model.rate([slow, slower]) < 1.03 * slow.total_perf
 
 
 def test_statistics_and_profiles_are_one_thing() -> None:

@@ -61,11 +61,13 @@ def test_the_big_table_goes_to_ssd_and_the_small_one_stays(device: str, ranks: i
     shards = tables["big"].sharding_spec.shards
     slots = slots_of(tables["big"])
     assert slots is not None and len(slots) == len(shards) == len(tables["big"].ranks)
-    # A slot has 538 bytes and each row 4 in the map: nearly all of the memory is in use, and none beyond it.
+    # A slot has 538 bytes, of which 12 are never on a GPU, and each row 4 in the map: nearly all of the memory is in
+    # use, and none beyond it.
+    slot = 526 if device == "cuda" else 538
     for storage in used(made, ranks):
         fast = storage.hbm if device == "cuda" else storage.ddr
         assert GB - 600 < fast <= GB or fast < 20 * MB
-    by_hand = [538 * (count + 1) + 4 * shard.shard_sizes[0] for count, shard in zip(slots, shards, strict=True)]
+    by_hand = [slot * (count + 1) + 4 * shard.shard_sizes[0] for count, shard in zip(slots, shards, strict=True)]
     described = [row.fast_bytes for row in describe_plan(plan) if row.table == "big"]
     assert described == by_hand and max(by_hand) > 0.97 * GB
 

@@ -28,8 +28,8 @@ def test_nothing_fits_in_fast_memory() -> None:
     with pytest.raises(BudgetError) as caught:
         made.plan(Model(BIG, SMALL), sharders())
     text = str(caught.value)
-    # 20 million rows of slot map alone are 76 MiB.
-    assert "DRAM: the tables take at least" in text and "'big' 77." in text and "1,024 slots and slot map" in text
+    # 20 million rows of slot map alone are 76 MiB, and a bit for each is 2 more.
+    assert "DRAM: the tables take at least" in text and "'big' 79." in text and "1,024 slots and slot map" in text
     assert "19.07 MiB free" in text and "short" in text
     assert "raise Topology(ddr_cap=...)" in text and "batches_in_flight" in text and "ssd_cap" not in text
     assert caught.value.__cause__ is not None
@@ -141,3 +141,11 @@ def test_absurd_ssd_speed_and_load_factors() -> None:
             turbo_ssd_planner(topology("cpu"), 8, constraints)
     with pytest.raises(ConfigError, match="load factor"):
         planner(topology("cpu")).plan(Model(SMALL), sharders(cache_load_factor=2.0))
+
+
+def test_a_gpu_whose_host_has_no_memory_is_explained() -> None:
+    model = Model(("big", 2_000_000, 64))
+    on_ssd = {"big": ParameterConstraints(compute_kernels=[TURBO_SSD])}
+    where = Topology(world_size=2, compute_device="cuda", hbm_cap=10**9, ddr_cap=1000, ssd_cap=10**12)
+    with pytest.raises(BudgetError, match=r"DRAM: the tables take at least .* short\..* raise Topology\(ddr_cap="):
+        planner(where, 64, on_ssd).plan(model, sharders())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torchrec_turbossd.errors import BudgetError, ConfigError
 from torchrec_turbossd.planner import TURBO_SSD, PlanRow, describe_plan, format_plan, shard_fast_bytes, slots_of
 from torchrec_turbossd.planner.perf import SSD_BLOCK_BYTES
 from torchrec_turbossd.sizing import AccessProfile
+from torchrec_turbossd.sizing.memory import LOOKUP_BYTES, shard_host_bytes
 
 ROWS, DIM, COLS, BATCH = 1_000_001, 128, 32, 100
 ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
@@ -86,11 +88,12 @@ def test_slots_and_bytes_of_every_shard(module: str, kind: str, ranks: int, loca
         assert slots == -int(-ids * min(1.0, share * (1.25 if share < 1 else 1)) // 1)
         assert size == 4 * cols + 4
         assert shard.storage.ssd == rows * size
-        fast, other = (
-            (shard.storage.hbm, held.storage.hbm) if device == "cuda" else (shard.storage.ddr, held.storage.ddr)
-        )
         # Input and output are what TorchRec counts for the same shard in memory.
-        assert fast - shard_fast_bytes(slots, rows, size) == other - rows * size > 0
+        io = (held.storage.hbm if device == "cuda" else held.storage.ddr) - rows * size
+        fast = io + shard_fast_bytes(slots, rows, size, device) + math.ceil(LOOKUP_BYTES * ids * share)
+        host = shard_host_bytes(slots, rows, device) + math.ceil(slots / 2) * size
+        assert (shard.storage.hbm, shard.storage.ddr) == ((fast, host) if device == "cuda" else (0, fast + host))
+        assert io > 0
 
 
 def placed(rows: list[PlanRow], local: int) -> list[set[int]]:
@@ -119,7 +122,7 @@ def test_planned_shards_are_the_table_and_fill_fast_memory(
     slots, sizes = slots_of(sharding) or (), sharding.cache_params.row_bytes
     shards = [(row.rank, row.fast_bytes) for row in rows]
     by_hand = [
-        (rank, shard_fast_bytes(count, shard.shard_sizes[0], size))
+        (rank, shard_fast_bytes(count, shard.shard_sizes[0], size, device))
         for rank, shard, count, size in zip(sharding.ranks, sharding.sharding_spec.shards, slots, sizes, strict=True)
     ]
     assert sorted(shards) == sorted(by_hand)

@@ -34,6 +34,7 @@ from torchrec_turbossd.rows import quantise
 from torchrec_turbossd.serving import TurboSSDInferenceModule
 from torchrec_turbossd.serving.sizing import GIB
 from torchrec_turbossd.sizing import AccessProfile, HitRateCurve
+from torchrec_turbossd.sizing.memory import DEVICE_BYTES_PER_SLOT
 from torchrec_turbossd.tables import InitRule
 
 build = TurboSSDInferenceModule.from_embedding_specs
@@ -182,7 +183,7 @@ def test_slots_follow_profile_and_budget(tmp_path: Path) -> None:
 def test_estimate_counts_the_slot_map() -> None:
     specs = [("a", 1_600_000_000, 128, SparseType.INT8)]
     slots = HitRateCurve(AccessProfile.zipf(1_600_000_000)).slots_for(0.9)
-    bytes_ = (slots + 1) * (144 + BYTES_PER_SLOT) + 4 * 1_600_000_000
+    bytes_ = (slots + 1) * (144 + DEVICE_BYTES_PER_SLOT) + 4 * 1_600_000_000
     assert TurboSSDInferenceModule.estimate_hbm_gb(specs) == pytest.approx(bytes_ / GIB)
     assert TurboSSDInferenceModule.estimate_hbm_gb(specs, 0.5) < TurboSSDInferenceModule.estimate_hbm_gb(specs)
 

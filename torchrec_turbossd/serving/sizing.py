@@ -81,14 +81,21 @@ def _split(
     limits: tuple[Sequence[int], Sequence[int]],
     budget: int,
 ) -> list[int]:
-    """The best split of a budget in bytes, with at least and at most so many slots of each table."""
+    """The best split of a budget in bytes, with at least and at most so many slots of each table.
+
+    Tables count by the lookups that their profiles were made from, where all of them say how many those were; else
+    alike.
+    """
     items = {}
-    for table, least, most in zip(tables, *limits, strict=True):
+    profiles = [(config.access or {}).get(table.name) for table in tables]
+    lookups = [profile.lookups if profile else 0 for profile in profiles]
+    weights = [float(count) for count in lookups] if all(lookups) else [1.0] * len(tables)
+    for table, weight, least, most in zip(tables, weights, *limits, strict=True):
         per_slot = slot_bytes(padded_row_bytes(table.dim, table.data_type, alignment), _DEVICES[alignment])
         items[table.name] = BudgetItem(
             bytes_per_slot=per_slot,
             curve=_curve(table, config.access),
-            weight=1.0,
+            weight=weight,
             floor_slots=least,
             max_slots=most,
             fixed_bytes=per_slot + SLOT_MAP_BYTES_PER_ROW * table.rows,

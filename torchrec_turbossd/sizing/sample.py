@@ -103,7 +103,8 @@ class AccessSample:
             InputError: not integers.
             RowIndexError: an id outside the table; then nothing is kept.
         """
-        flat = ids.detach().reshape(-1) if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids).reshape(-1))
+        # A copy: the caller may fill its array again, or have one that must not be written.
+        flat = ids.detach().reshape(-1) if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids).reshape(-1))
         if flat.dtype not in _ID_TYPES:
             raise InputError(f"a trace needs integer ids, got {flat.dtype}")
         if flat.numel() and (int(flat.amin()) < 0 or int(flat.amax()) >= self.rows):
