@@ -33,7 +33,7 @@ HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 
 PLACES = {
     "rocksdict": ("store.rocks", "store.rocks_settings"),
-    "torchrec.distributed": ("planner", "sharding"),
+    "torchrec.distributed": ("planner", "sharding", "cli"),
 }
 """Foreign module -> the only parts or modules that import it."""
 
