@@ -26,9 +26,11 @@ def run_ranks(
 
     A rank that raises makes this raise with its traceback. With `local` each host has so many ranks.
     """
-    # Ranks are forked from one process that has done the slow imports, and nothing else; CUDA survives no fork.
-    context = mp.get_context("spawn" if backend == "nccl" else "forkserver")
-    if backend != "nccl":
+    # Ranks are forked from one process that has done the slow imports, and nothing else. CUDA survives no fork, and those
+    # imports may look for it.
+    forked = backend != "nccl" and not torch.cuda.is_available()
+    context = mp.get_context("forkserver" if forked else "spawn")
+    if forked:
         context.set_forkserver_preload(["tests.sharding.models"])
     results: Any = context.Queue()
     rendezvous = tempfile.mktemp(prefix="turbossd-ranks-")

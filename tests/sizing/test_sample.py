@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.sizing.streams import zipf_chances
 from torchrec_turbossd.errors import ConfigError, InputError, RowIndexError
-from torchrec_turbossd.sizing import AccessSample
+from torchrec_turbossd.sizing import AccessProfile, AccessSample, HitRateCurve
 from torchrec_turbossd.sizing.popularity import popularity
 from torchrec_turbossd.sizing.sample import LEAST_EVENTS, Ints, row_hash, sample_trace
 
@@ -46,6 +46,7 @@ def test_each_window_has_the_latest_lookups_of_its_rows(sizes: list[int], seed: 
     assert [w.share for w in windows] == [0.5**n for n in range(len(windows))]
     assert [w.whole for w in windows] == [False] * (len(windows) - 1) + [True]
     for window in windows:
+        assert not window.left_out.size
         expected = kept_of(trace, window.share)[-LEAST_EVENTS:]
         assert np.array_equal(window.places, expected)
         assert np.array_equal(window.ids, trace[expected]) and np.array_equal(window.batches, numbers[expected])
@@ -81,6 +82,55 @@ def test_batches_may_be_of_any_type_and_are_copied() -> None:
     assert sample.batches == 4
 
 
+def test_a_hot_row_takes_no_room_from_the_others() -> None:
+    rng = np.random.default_rng(2)
+    trace = rng.integers(1, 50_000, size=300_000)
+    trace[rng.random(300_000) < 0.3] = 0
+    trace[rng.random(300_000) < 0.1] = 9
+    windows = sample_trace(trace, 50_000, batch=777, events=2048).windows()
+    assert windows[0].left_out.size == 0 and set(windows[0].ids) >= {0, 9}
+    assert windows[-1].whole and len(windows) <= 9
+    for window in windows[1:]:
+        assert window.left_out.tolist() == [0, 9]
+        others = kept_of(trace, window.share)
+        others = others[~np.isin(trace[others], [0, 9])][-2048:]
+        assert np.array_equal(window.places, others)
+
+
+@pytest.mark.parametrize(("live", "rows"), [(1, 1), (2, 2), (3, 3), (3, 10**6), (1, 10**6), (40, 41)])
+def test_a_table_with_few_rows_in_use_needs_few_slots(live: int, rows: int) -> None:
+    trace = np.random.default_rng(3).integers(0, live, size=80_000)
+    profile = AccessProfile.from_trace(trace, rows, events=LEAST_EVENTS)
+    curve = HitRateCurve(profile)
+    assert curve.hit_rate(live) > 0.999 and curve.slots_for(0.9) <= live
+    assert profile.chances[0] == pytest.approx(1 / live, abs=0.05) and profile.distinct(1000) <= live * 1.01
+
+
+def test_batches_without_lookups_are_only_counted() -> None:
+    sample = AccessSample(100)
+    for number in range(1000):
+        sample.add(torch.tensor([7] if number == 900 else [], dtype=torch.int64))
+    assert sample.batches == 1000 and sample.nbytes < 30_000
+    assert sample.windows()[0].batches.tolist() == [900]
+
+
+def test_joined_shards_count_alike_however_large_a_batch_is() -> None:
+    rng = np.random.default_rng(4)
+    whole, shards = AccessSample(ROWS, events=2048), [AccessSample(ROWS, events=2048) for _ in range(2)]
+    for _ in range(8):
+        hot = rng.choice(ROWS // 2, size=5000, p=zipf_chances(ROWS // 2, 1.3))
+        cold = rng.integers(ROWS // 2, ROWS, size=5000)
+        for shard, ids in zip(shards, (hot, cold), strict=True):
+            shard.add(ids)
+        whole.add(rng.permutation(np.concatenate([hot, cold])))
+    joined = AccessSample.merged(shards)
+    assert joined.windows()[-1].whole
+    assert (joined.windows()[0].ids < ROWS // 2).mean() == pytest.approx(0.5, abs=0.01)
+    slots = np.array([100.0, 1000.0, 5000.0])
+    ours, theirs = (HitRateCurve(AccessProfile.from_sample(s)).hit_rate(slots) for s in (joined, whole))
+    assert ours == pytest.approx(theirs, abs=0.04)
+
+
 def test_row_shards_join_into_the_sample_of_the_table() -> None:
     trace = zipf(40_000, seed=3)
     whole = AccessSample(ROWS, events=2048)
@@ -92,10 +142,13 @@ def test_row_shards_join_into_the_sample_of_the_table() -> None:
     joined = AccessSample.merged([pickle.loads(pickle.dumps(shard)) for shard in shards])
     assert joined.lookups == whole.lookups and joined.batches == whole.batches
     for ours, theirs in zip(joined.windows(), whole.windows(), strict=False):
-        count = min(len(ours.ids), len(theirs.ids))
-        assert count > 1500
-        assert np.array_equal(np.sort(ours.ids[ours.batches >= 78]), np.sort(theirs.ids[theirs.batches >= 78]))
-        assert (np.diff(ours.batches) >= 0).all()
+        assert min(len(ours.ids), len(theirs.ids)) > 1000
+        # Each shard finds other rows hot.
+        latest = [
+            w.ids[(w.batches >= 78) & ~np.isin(w.ids, [*ours.left_out, *theirs.left_out])] for w in (ours, theirs)
+        ]
+        assert np.array_equal(*map(np.sort, latest)) and len(latest[0]) > 10
+        assert (np.diff(ours.batches) >= 0).all() and (np.diff(ours.places) >= 0).all()
         # The time that it spans is told in lookups of the table.
         first = ours.batches[0]
         assert abs(int(ours.places[0]) - 500 * int(first)) <= 500
@@ -106,8 +159,8 @@ def test_samples_of_one_shard_are_that_sample() -> None:
     sample = sample_trace(zipf(9000, seed=4), ROWS, batch=100, events=LEAST_EVENTS)
     joined = AccessSample.merged([sample])
     for ours, theirs in zip(joined.windows(), sample.windows(), strict=True):
-        kept = theirs.batches > theirs.batches[0] if not theirs.whole else np.ones(len(theirs.ids), dtype=bool)
-        assert np.array_equal(ours.ids, theirs.ids[kept]) and np.array_equal(ours.places, theirs.places[kept])
+        assert np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.places, theirs.places)
+        assert np.array_equal(ours.batches, theirs.batches) and ours.whole == theirs.whole
 
 
 def test_popularity_of_a_sampled_trace_is_that_of_the_trace() -> None:

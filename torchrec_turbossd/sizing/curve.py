@@ -103,6 +103,8 @@ class HitRateCurve:
         """With more slots than rows were seen a trace still has its first lookups of each as misses, to the end: only
         when every row of the table has a slot there are none."""
         rows = float(self.profile.rows)
+        if hits[-1] >= 1:
+            return _knots(filled, hits, float(filled[np.argmax(hits >= 1)]))
         if filled[-1] < rows - 1 and hits[-1] < 1 - 2 * _SLIGHTLY:
             filled, hits = np.append(filled, rows - 1), np.append(hits, hits[-1] + _SLIGHTLY)
         return _knots(filled, hits, rows)

@@ -34,8 +34,8 @@ def popularity(sample: AccessSample) -> tuple[Ints, Floats]:
     hot, hot_counts = ids[sure], np.sort(counts[sure])[::-1]
     others = longest.ids[~np.isin(longest.ids, hot)]
     rest = 1.0 - hot_counts.sum() / counts.sum()
-    if not len(others) or sample.rows == len(hot):
-        return _discounted(np.ones(len(hot), dtype=np.int64), hot_counts, sample.rows)
+    if not len(others) or not rest:
+        return _discounted(*_counted(latest.ids), sample.rows)
     seen, times = _counted(others)
     stood_for = _stand_for(seen, longest.share, sample.rows - len(hot))
     sizes, weights = _discounted(stood_for, times, sample.rows - len(hot))

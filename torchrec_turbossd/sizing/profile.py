@@ -202,7 +202,8 @@ class AccessProfile:
         if not sample.lookups:
             raise InputError(f"the sample of a table of {sample.rows:,} rows has no lookups; record some first")
         enough = sample.lookups >= _LEAST_REPLAYED and sample.batches > 1
-        curves = [ReplayedCurve(policy, *replayed(sample, policy)) for policy in policies] if enough else []
+        points = [(policy, *replayed(sample, policy)) for policy in policies] if enough else []
+        curves = [ReplayedCurve(policy, slots, rates) for policy, slots, rates in points if slots.size]
         grouped = _grouped(sample.rows, *popularity(sample))
         return cls(sample.rows, grouped.sizes, grouped.chances, tuple(curves), sample.lookups)
 

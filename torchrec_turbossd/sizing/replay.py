@@ -40,9 +40,8 @@ def replayed(sample: AccessSample, policy: str) -> tuple[Ints, Floats]:
     sizes: list[float] = []
     rates: list[float] = []
     for window in sample.windows():
-        least = sizes[-1] * _GROWTH if sizes else _LEAST_SLOTS
         trace = _Trace(window, sample.lookups)
-        for size in _sizes(least, trace.rows / window.share, _MOST_SCALED_SLOTS / window.share, whole=window.whole):
+        for size in _sizes(sizes[-1] if sizes else 0.0, trace.rows / window.share + len(window.left_out), window):
             sizes.append(size)
             rates.append(trace.hit_rate(max(1, round(size * window.share)), policy))
     if not sizes:
@@ -50,12 +49,17 @@ def replayed(sample: AccessSample, policy: str) -> tuple[Ints, Floats]:
     return _finer(np.minimum(sizes, sample.rows), np.maximum.accumulate(rates))
 
 
-def _sizes(least: float, rows: float, most: float, *, whole: bool) -> list[float]:
-    """From the least on, each larger by the same factor: as far as a window goes, or to one slot for each row."""
-    last = rows if whole else min(most, rows)
-    count = int(np.floor(np.log(last / least) / np.log(_GROWTH) + 1e-9)) if last > least else -1
-    sizes = [least * _GROWTH**n for n in range(count + 1)]
-    return [*sizes, last] if whole and last > 0 else sizes
+def _sizes(before: float, rows: float, window: Window) -> list[float]:
+    """Sizes to try on a window of `rows` rows after those tried `before`, each larger by the same factor: as far as the
+    window goes, or to a slot for each row where there is no longer one, or no larger one."""
+    most = _MOST_SCALED_SLOTS / window.share
+    last = rows if window.whole else min(most, rows)
+    sizes = []
+    size = before * _GROWTH or float(_LEAST_SLOTS)
+    while size < last:
+        sizes.append(size)
+        size *= _GROWTH
+    return [*sizes, last] if last > before and (window.whole or rows <= most) and len(window.ids) else sizes
 
 
 def _finer(sizes: Floats, rates: Floats) -> tuple[Ints, Floats]:

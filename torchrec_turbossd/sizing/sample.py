@@ -22,8 +22,10 @@ first windows size, such a sample then tells of the latest lookups only."""
 
 LEAST_EVENTS = 1 << 10
 
-_HASH_BITS = 32
-_HELD_BACK = 1 << 13
+_HASH_BITS, _MOST_WINDOWS = 32, 31
+_HELD_BACK, _BATCHES_HELD_BACK = 1 << 13, 256
+_HOT_PART = 32
+_PARTS_OF_A_BATCH = 1 << 20
 _ID_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Of Fibonacci hashing and of the SplitMix64 generator, as signed numbers.
 _SPREAD, _STIR = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -33,14 +35,15 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The latest lookups of a share of the rows, all of them.
+    """The latest lookups of a share of the rows.
 
     Attributes:
         share: of the table's rows; a hash of the id says which.
         ids: [N] int64, in order.
         batches: [N] int64, not falling: the number of the batch of each.
-        places: [N] int64, rising: how many lookups, of whatever row, came before each.
+        places: [N] int64, not falling: how many lookups, of whatever row, came before each.
         whole: it spans all that was sampled.
+        left_out: rows of this share that are left out because they are asked for all the time, [H] int64.
     """
 
     share: float
@@ -48,6 +51,7 @@ class Window:
     batches: Ints
     places: Ints
     whole: bool
+    left_out: Ints
 
 
 class AccessSample:
@@ -56,7 +60,8 @@ class AccessSample:
     Window l keeps the last `events` lookups of one row in 2**l, chosen by a hash of the id (spatial sampling: C.
     Waldspurger, N. Park, A. Garthwaite, I. Ahmad, "Efficient MRC Construction with SHARDS", FAST 2015). So the first
     has every row for a short time, which is all that a small cache remembers, and the last has few rows, for as long
-    as a large one does. Windows are added until one spans all that was seen: a short trace is kept whole.
+    as a large one does. Windows are added until one spans all that was seen: a short trace is kept whole. A row that
+    has more than one in 32 lookups of a window is left out of those added after it, which would soon hold little else.
 
     Not thread-safe. Pickles, for `merged` over ranks.
 
@@ -79,7 +84,8 @@ class AccessSample:
         self.rows, self.lookups, self.batches = rows, 0, 0
         self._events = events
         self._kept = [_Kept(events)]
-        self._held: list[Tensor] = []
+        # Number of each batch held back, and its ids.
+        self._held: list[tuple[int, Tensor]] = []
         self._held_lookups = 0
 
     @property
@@ -90,11 +96,7 @@ class AccessSample:
     def windows(self) -> list[Window]:
         """The window of every row, of every other one, and so on to the first that spans the whole sample."""
         self._settle()
-        columns = [kept.columns.copy() for kept in self._kept]
-        return [
-            Window(share=0.5**level, ids=ids, batches=batches, places=places, whole=not kept.lost)
-            for level, (kept, (ids, batches, places)) in enumerate(zip(self._kept, columns, strict=True))
-        ]
+        return [kept.window(0.5**level) for level, kept in enumerate(self._kept)]
 
     def add(self, ids: Tensor | npt.NDArray[np.integer]) -> None:
         """One batch: integer ids of any shape, on any device.
@@ -107,36 +109,39 @@ class AccessSample:
         flat = ids.detach().reshape(-1) if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids).reshape(-1))
         if flat.dtype not in _ID_TYPES:
             raise InputError(f"a trace needs integer ids, got {flat.dtype}")
-        if flat.numel() and (int(flat.amin()) < 0 or int(flat.amax()) >= self.rows):
-            raise RowIndexError(
-                f"the table has rows 0 to {self.rows - 1}, the trace has {int(flat.amin())} to {int(flat.amax())}"
-            )
-        # A copy: the caller may fill its tensor again.
-        self._held.append(flat.to("cpu", torch.int64, copy=True))
-        self._held_lookups += flat.numel()
-        self.lookups += flat.numel()
+        if flat.numel():
+            least, most = int(flat.amin()), int(flat.amax())
+            if least < 0 or most >= self.rows:
+                raise RowIndexError(f"the table has rows 0 to {self.rows - 1}, the trace has {least} to {most}")
+            self._held.append((self.batches, flat.to("cpu", torch.int64, copy=True)))
+            self._held_lookups += flat.numel()
+            self.lookups += flat.numel()
         self.batches += 1
-        if self._held_lookups >= _HELD_BACK:
+        if self._held_lookups >= _HELD_BACK or len(self._held) >= _BATCHES_HELD_BACK:
             self._settle()
 
     def _settle(self) -> None:
         """Hand on what was held back, because a batch alone may be too little to be worth the while."""
         if not self._held:
             return
-        first = self.batches - len(self._held)
-        numbers = [torch.full(ids.shape, first + n) for n, ids in enumerate(self._held)]
+        # Within a batch the time goes on too, so that the parts of one that several shards have can be put together.
+        times = [
+            number * _PARTS_OF_A_BATCH + torch.arange(ids.numel()) * _PARTS_OF_A_BATCH // ids.numel()
+            for number, ids in self._held
+        ]
         places = torch.arange(self.lookups - self._held_lookups, self.lookups)
-        columns = torch.stack((torch.cat(self._held), torch.cat(numbers), places)).numpy()
+        columns = torch.stack((torch.cat([ids for _, ids in self._held]), torch.cat(times), places)).numpy()
         self._held, self._held_lookups = [], 0
         level = 0
         while columns.shape[1] and level < len(self._kept):
             kept = self._kept[level]
             # What the next one begins with must still be here.
-            if level + 1 == len(self._kept) and kept.size + columns.shape[1] > self._events:
-                self._kept.append(kept.sampled(level + 1))
+            if kept.would_lose(columns) and level + 1 == len(self._kept) < _MOST_WINDOWS:
+                self._kept.append(kept.next(level + 1, columns[0]))
             kept.append(columns)
             level += 1
-            columns = _sampled(columns, level)
+            if level < len(self._kept):
+                columns = self._kept[level].wanted(columns, level)
 
     def copy(self) -> AccessSample:
         """One that goes its own way."""
@@ -156,11 +161,11 @@ class AccessSample:
         whole = cls(parts[0].rows, events=max(part._events for part in parts))
         whole.lookups, whole.batches = sum(part.lookups for part in parts), max(part.batches for part in parts)
         whole._kept = []
-        while not whole._kept or whole._kept[-1].lost:
+        while not whole._kept or (whole._kept[-1].lost and len(whole._kept) < _MOST_WINDOWS):
             level = len(whole._kept)
             # The last window of a part spans all of it, so that fewer rows of it are what the next ones would have.
-            kept = [p._kept[level] if level < len(p._kept) else p._kept[-1].sampled(level) for p in parts]
-            whole._kept.append(_Kept.joined(kept, whole._events))
+            kept = [p._kept[level] if level < len(p._kept) else p._kept[-1].next(level) for p in parts]
+            whole._kept.append(_Kept.joined(kept, [part.lookups for part in parts], whole._events))
         return whole
 
 
@@ -194,23 +199,20 @@ def row_hash(ids: Tensor) -> Tensor:
 
     Two rounds of multiply and shift, so that regular ids do not make regular samples.
     """
-    mixed = ids * _SPREAD
+    mixed = (ids + 1) * _SPREAD
     mixed = (mixed ^ (mixed >> 29)) * _STIR
     return (mixed >> (63 - _HASH_BITS)) & ((1 << _HASH_BITS) - 1)
 
 
-def _sampled(columns: Ints, level: int) -> Ints:
-    """What of columns [C, N], ids first, is of the one row in 2**level that is sampled. Each level is part of the one
-    before."""
-    wanted = row_hash(torch.from_numpy(columns[0])) < 1 << (_HASH_BITS - level)
-    return columns[:, wanted.numpy()]
-
-
 class _Kept:
-    """The last so many ids, with the numbers of their batches and their places: columns [3, N] int64."""
+    """The last so many lookups of some of the rows: ids, times and places, [3, N] int64.
 
-    def __init__(self, most: int) -> None:
+    A time is the number of the batch and, in the last 20 bits, how far into it.
+    """
+
+    def __init__(self, most: int, left_out: Ints | None = None) -> None:
         self._most, self._end, self.lost = most, 0, False
+        self._left_out: Ints = np.empty(0, dtype=np.int64) if left_out is None else left_out
         self._space: Ints = np.empty((3, LEAST_EVENTS), dtype=np.int64)
 
     @property
@@ -225,9 +227,24 @@ class _Kept:
     def columns(self) -> Ints:
         return self._space[:, self._end - self.size : self._end]
 
+    def window(self, share: float) -> Window:
+        """A copy."""
+        ids, times, places = self.columns.copy()
+        return Window(
+            share=share,
+            ids=ids,
+            batches=times // _PARTS_OF_A_BATCH,
+            places=places,
+            whole=not self.lost,
+            left_out=self._left_out.copy(),
+        )
+
+    def would_lose(self, columns: Ints) -> bool:
+        """Whether there is no room for all of these and what is here."""
+        return self.size + columns.shape[1] > self._most
+
     def append(self, columns: Ints) -> None:
-        count = columns.shape[1]
-        self.lost = self.lost or self.size + count > self._most
+        self.lost = self.lost or self.would_lose(columns)
         columns = columns[:, -self._most :]
         if self._end + columns.shape[1] > self._space.shape[1]:
             held = self.columns
@@ -238,25 +255,40 @@ class _Kept:
         self._space[:, self._end : self._end + columns.shape[1]] = columns
         self._end += columns.shape[1]
 
-    def sampled(self, level: int) -> _Kept:
-        """What of this is in one in 2**level rows."""
-        fewer = _Kept(self._most)
-        fewer.append(_sampled(self.columns, level))
+    def wanted(self, columns: Ints, level: int) -> Ints:
+        """What of columns [3, N] is of the one row in 2**level that is sampled here. Each level is part of the one
+        before."""
+        sampled = row_hash(torch.from_numpy(columns[0])) < 1 << (_HASH_BITS - level)
+        columns = columns[:, sampled.numpy()]
+        return columns[:, ~np.isin(columns[0], self._left_out)] if self._left_out.size else columns
+
+    def next(self, level: int, coming: Ints | None = None) -> _Kept:
+        """What of this is of one in 2**level rows, without the hottest where more ids are `coming` [N] than fit."""
+        left_out = self._left_out
+        if coming is not None:
+            rows, counts = np.unique(np.concatenate((self.columns[0], coming)), return_counts=True)
+            left_out = np.union1d(left_out, rows[counts * _HOT_PART > counts.sum()])
+        fewer = _Kept(self._most, left_out)
+        fewer.append(fewer.wanted(self.columns, level))
         fewer.lost = self.lost
         return fewer
 
     @classmethod
-    def joined(cls, parts: Sequence[_Kept], most: int) -> _Kept:
-        """The lookups of all in order of their batches, from the first batch on that all of them still have whole."""
-        first = max((int(part.columns[1, 0]) + 1 for part in parts if part.lost), default=0)
+    def joined(cls, parts: Sequence[_Kept], lookups: Sequence[int], most: int) -> _Kept:
+        """The lookups of all parts, of which each has had so many, in order of time, from the first one on since which
+        all of them are whole."""
+        first = max((int(part.columns[1, 0]) for part in parts if part.lost), default=0)
+        left_out = np.unique(np.concatenate([part._left_out for part in parts]))
         columns = [part.columns[:, part.columns[1] >= first] for part in parts]
-        joined = np.concatenate(columns, axis=1)
+        columns = [each[:, ~np.isin(each[0], left_out)] for each in columns]
         # Every lookup moves the place on by as much as it did in its own part.
-        steps = np.concatenate([np.diff(part[2], prepend=part[2, :1]) for part in columns])
+        steps = np.concatenate([np.diff(each[2], prepend=each[2, :1]) for each in columns])
+        joined = np.concatenate(columns, axis=1)
         order = np.argsort(joined[1], kind="stable")
         joined = joined[:, order]
-        joined[2] = np.cumsum(steps[order]) + sum(int(part[2, 0]) for part in columns if part.shape[1])
-        whole = cls(most)
+        since = sum(count - int(each[2, 0]) for count, each in zip(lookups, columns, strict=True) if each.shape[1])
+        joined[2] = sum(lookups) - since + np.cumsum(steps[order])
+        whole = cls(most, left_out)
         whole.append(joined)
         whole.lost = whole.lost or any(part.lost for part in parts)
         return whole
