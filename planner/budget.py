@@ -10,6 +10,7 @@ from torchrec.distributed.planner.types import ShardingOption, Storage
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.demand import Demand
 from torchrec_turbossd.planner.kernel import TURBO_SSD, TurboCacheParams, fast_memory
+from torchrec_turbossd.planner.space import forget_facts
 from torchrec_turbossd.planner.ssd import SsdSpeed
 from torchrec_turbossd.planner.storage import add_slots, set_slots
 from torchrec_turbossd.sizing.budget import BudgetItem, split_budget
@@ -45,9 +46,9 @@ def share_leftover(
     wanted: dict[int, dict[ShardKey, BudgetItem]] = {rank: {} for rank in available}
     for number, option in enumerate(plan):
         for n, shard in enumerate(option.shards):
-            if _grows(option) and shard.size[0]:
-                per_slot = slot_bytes(option.cache_params.row_bytes[n], compute_device)
-                wanted[shard.rank][number, n] = _item(option, n, per_slot, demand, access, ssd)
+            if grows(option) and shard.size[0]:
+                item = budget_item(option, n, compute_device, demand=demand, access=access, ssd=ssd)
+                wanted[shard.rank][number, n] = item
     fast = _left(plan, available, fast_memory(compute_device))
     host, beside = _left(plan, available, "ddr"), host_slot_bytes(compute_device)
     for rank, items in wanted.items():
@@ -58,7 +59,7 @@ def share_leftover(
         floors = sum(item.bytes_for(item.floor_slots) for item in items.values())
         slots.update(split_budget(items, budget + floors))
     for number, option in enumerate(plan):
-        if _grows(option):
+        if grows(option):
             grown = [slots.get((number, n), option.cache_params.slots[n]) for n in range(len(option.shards))]
             _resize(option, grown, compute_device, access)
     return plan
@@ -72,17 +73,19 @@ def _left(plan: list[ShardingOption], available: Mapping[int, Storage], memory: 
     return {rank: int(max(0, size)) for rank, size in left.items()}
 
 
-def _grows(option: ShardingOption) -> bool:
+def grows(option: ShardingOption) -> bool:
+    """Whether an option's shards take more slots where memory is left: it is on SSD, and its size is not the user's."""
     params = option.cache_params
     return option.compute_kernel == TURBO_SSD and isinstance(params, TurboCacheParams) and not params.fixed
 
 
-def _item(
-    option: ShardingOption, number: int, bytes_per_slot: int, demand: Demand, access: Access, ssd: SsdSpeed
+def budget_item(
+    option: ShardingOption, number: int, compute_device: str, *, demand: Demand, access: Access, ssd: SsdSpeed
 ) -> BudgetItem:
+    """What one shard of an option on SSD may have, from the slots that it has on; gains are ms of the SSD a batch."""
     shard, row_bytes = option.shards[number], option.cache_params.row_bytes[number]
     return BudgetItem(
-        bytes_per_slot=bytes_per_slot,
+        bytes_per_slot=slot_bytes(row_bytes, compute_device),
         curve=access.curve(option, shard),
         weight=demand.lookups(option, shard) * ssd.miss_ms(row_bytes),
         floor_slots=option.cache_params.slots[number],
@@ -95,6 +98,7 @@ def _resize(option: ShardingOption, slots: list[int], compute_device: str, acces
     for shard, new, old, size in zip(option.shards, slots, params.slots, params.row_bytes, strict=True):
         extra = (new - old) * slot_bytes(size, compute_device)
         shard.storage = add_slots(shard.storage, compute_device, extra, slots=new - old)
+    forget_facts(option)
     set_slots(option, slots, list(params.row_bytes), access, load_factor=None)
     for shard, new_rate, old_rate in zip(option.shards, option.cache_params.hit_rates, params.hit_rates, strict=True):
         if old_rate < 1:
@@ -102,4 +106,4 @@ def _resize(option: ShardingOption, slots: list[int], compute_device: str, acces
             shard.perf = dataclasses.replace(shard.perf, prefetch_compute=reads)
 
 
-__all__ = ["share_leftover"]
+__all__ = ["budget_item", "grows", "share_leftover"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorConfig, EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
@@ -17,6 +19,7 @@ from torchrec.distributed.planner.types import (
 
 from torchrec_turbossd.planner.demand import Demand
 from torchrec_turbossd.planner.kernel import HBM_DEVICES, TURBO_SSD, TurboCacheParams
+from torchrec_turbossd.planner.space import PERF, facts_of
 from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES, SsdSpeed
 
 REMAP_COST = 1.3
@@ -24,6 +27,9 @@ REMAP_COST = 1.3
 
 MEAN_SHARE = 0.02
 """How much the mean time of all ranks counts beside that of the slowest one."""
+
+
+_PREFETCH = PERF.index("prefetch_compute")
 
 
 class TurboSSDPerfConfig(EmbeddingPerfEstimatorConfig):
@@ -107,23 +113,34 @@ class TurboSSDPerfModel(PerfModel):
     Args:
         topology: its number of ranks.
         batches_in_flight: as `turbo_ssd_planner`'s.
+        saved: ms of prefetch that each rank of a plan will be spared once its leftover memory is shared: [ranks].
+            None: plans are rated as they are. It matters: a table that just fits in memory may leave the others none.
     """
 
-    def __init__(self, topology: Topology, *, batches_in_flight: int = 2) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        batches_in_flight: int = 2,
+        saved: Callable[[list[ShardingOption]], npt.NDArray[np.float64]] | None = None,
+    ) -> None:
         self._ranks = topology.world_size
         self._prefetches = batches_in_flight > 1
+        self._saved = saved
 
     def rate(self, plan: list[ShardingOption]) -> float:
         """Milliseconds, the lower the better."""
-        compute, prefetch = [0.0] * self._ranks, [0.0] * self._ranks
+        compute, prefetch = np.zeros(self._ranks), np.zeros(self._ranks)
         for option in plan:
-            for shard in option.shards:
-                perf = shard.perf
-                prefetch[shard.rank] += perf.prefetch_compute
-                compute[shard.rank] += perf.total - perf.prefetch_compute
-        work = [a + b for a, b in zip(compute, prefetch, strict=True)]
-        steps = map(max, compute, prefetch) if self._prefetches else work
-        return max(steps) + MEAN_SHARE * sum(work) / self._ranks
+            facts, ranks = facts_of(option), [shard.rank for shard in option.shards]
+            waits = facts.perf[:, _PREFETCH]
+            np.add.at(prefetch, ranks, waits[facts.which])
+            np.add.at(compute, ranks, (facts.times - waits)[facts.which])
+        if self._saved is not None:
+            prefetch = np.maximum(prefetch - self._saved(plan), 0.0)
+        work = compute + prefetch
+        steps = np.maximum(compute, prefetch) if self._prefetches else work
+        return float(steps.max() + MEAN_SHARE * work.mean())
 
 
 __all__ = [

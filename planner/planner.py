@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
@@ -32,6 +34,7 @@ from torchrec_turbossd.planner.budget import share_leftover
 from torchrec_turbossd.planner.demand import Demand, check_constraints
 from torchrec_turbossd.planner.greedy import ThinGreedyProposer
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, fast_memory, offered_on_ssd
+from torchrec_turbossd.planner.outlook import Outlook
 from torchrec_turbossd.planner.partitioner import UniformFirstPartitioner
 from torchrec_turbossd.planner.perf import TurboSSDPerfEstimator, TurboSSDPerfModel
 from torchrec_turbossd.planner.proposer import OffloadProposer, distinct, taste
@@ -125,6 +128,7 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
             ThinGreedyProposer(self._free, use_depth=False),
             UniformProposer(),
         ]
+        self._outlook = Outlook(topology.compute_device, demand=demand, access=access, ssd=ssd)
         callbacks: list[Callback] = [self._share_leftover, *(kwargs.pop("callbacks", None) or [])]
         super().__init__(
             topology=topology,
@@ -144,7 +148,7 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
                 *(proposers if isinstance(proposers, list) else [proposers]),
             ],
             performance_model=kwargs.pop("performance_model", None)
-            or TurboSSDPerfModel(topology, batches_in_flight=demand.batches_in_flight),
+            or TurboSSDPerfModel(topology, batches_in_flight=demand.batches_in_flight, saved=self._saved),
             partitioner=kwargs.pop("partitioner", None) or UniformFirstPartitioner(),
             callbacks=callbacks,
             **kwargs,
@@ -207,6 +211,9 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
             access=self._access,
             ssd=self._ssd,
         )
+
+    def _saved(self, plan: list[ShardingOption]) -> npt.NDArray[np.float64]:
+        return self._outlook.saved(plan, self._available())
 
     def _available(self) -> dict[int, Storage]:
         topology = self._storage_reservation.last_reserved_topology or self._topology

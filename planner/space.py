@@ -104,13 +104,18 @@ class PlannedOption(ShardingOption):
 
 
 def facts_of(option: ShardingOption) -> Facts:
-    """The facts of any option; kept by those of this planner until `estimate_by_size`."""
+    """The facts of any option; kept by those of this planner until `forget_facts`."""
     known: Facts | None = option.__dict__.get("_facts")
     if known is None:
         known = Facts.of(option.shards)
         if isinstance(option, PlannedOption):
             option.__dict__["_facts"] = known
     return known
+
+
+def forget_facts(option: ShardingOption) -> None:
+    """For whoever changes estimates of shards."""
+    option.__dict__.pop("_facts", None)
 
 
 def estimate_by_size(options: list[ShardingOption], estimate: Estimate) -> None:
@@ -120,7 +125,7 @@ def estimate_by_size(options: list[ShardingOption], estimate: Estimate) -> None:
     """
     every = [option.shards for option in options]
     for option, shards in zip(options, every, strict=True):
-        option.__dict__.pop("_facts", None)
+        forget_facts(option)
         option.shards = list({tuple(shard.size): shard for shard in reversed(shards)}.values())
     try:
         estimate(options)
@@ -147,4 +152,4 @@ def _spread(option: ShardingOption, estimated: list[Shard]) -> None:
         )
 
 
-__all__ = ["PERF", "STORAGE", "Facts", "PlannedOption", "Shards", "estimate_by_size", "facts_of"]
+__all__ = ["PERF", "STORAGE", "Facts", "PlannedOption", "Shards", "estimate_by_size", "facts_of", "forget_facts"]

@@ -131,6 +131,24 @@ def test_joined_shards_count_alike_however_large_a_batch_is() -> None:
     assert ours == pytest.approx(theirs, abs=0.04)
 
 
+def test_a_thinned_part_keeps_the_latest_of_each_window() -> None:
+    sample = sample_trace(zipf(60_000, seed=6), ROWS, batch=100, events=8192)
+    thin = sample.thinned(8)
+    assert thin.lookups == sample.lookups and thin.nbytes < sample.nbytes / 2 and thin.windows()[-1].whole
+    for ours, theirs in zip(thin.windows(), sample.windows(), strict=False):
+        assert len(ours.ids) == min(2048, len(theirs.ids))
+        assert np.array_equal(ours.places, theirs.places[-2048:]) and ours.left_out.tolist() == theirs.left_out.tolist()
+    # Together, such parts make as much of a sample as one would have been.
+    shards = [AccessSample(ROWS, events=8192) for _ in range(8)]
+    for batch in np.split(zipf(60_000, seed=6), 60):
+        for n, shard in enumerate(shards):
+            shard.add(batch[batch % 8 == n])
+    joined = AccessSample.merged([shard.thinned(8) for shard in shards])
+    assert 6000 < len(joined.windows()[0].ids) <= 8192
+    # A part that needs no less stays as it is.
+    assert np.array_equal(sample.thinned(1).windows()[0].ids, sample.windows()[0].ids)
+
+
 def test_row_shards_join_into_the_sample_of_the_table() -> None:
     trace = zipf(40_000, seed=3)
     whole = AccessSample(ROWS, events=2048)

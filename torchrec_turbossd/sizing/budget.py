@@ -119,6 +119,17 @@ def split_budget(items: Mapping[Key, BudgetItem], budget_bytes: int) -> dict[Key
     return dict(zip(items, slots, strict=True))
 
 
+def gain_steps(item: BudgetItem, points: int) -> tuple[Floats, Floats]:
+    """An item's gain beyond its floor as steps, the best for their bytes first, on `points` points of its curve.
+
+    Returns:
+        Bytes of each step [S], and the weighted hits that it gains [S].
+    """
+    slots, gains = _majorant(item, points)
+    sizes, gained = np.diff(slots) * float(item.bytes_per_slot), np.diff(gains)
+    return sizes[gained > 0], gained[gained > 0]
+
+
 def explain_split(items: Mapping[Key, BudgetItem], slots: Mapping[Key, int]) -> str:
     """A line for each item: slots, bytes, hit rate per lookup, and what one more MiB would do for it."""
     lines = []
@@ -144,17 +155,23 @@ def _short(items: Mapping[Key, BudgetItem], budget: int, short: int) -> str:
 
 
 def _steps(number: int, item: BudgetItem) -> list[_Step]:
-    grid = _grid(item.floor_slots, item.max_slots)
-    if grid.size < 2 or item.weight == 0:
-        return []
-    gains = _gain(item, grid)
-    hull = _hull(grid, gains)
-    densities = np.diff(gains[hull]) / np.diff(grid[hull]) / item.bytes_per_slot
+    slots, gains = _majorant(item, _POINTS)
+    densities = np.diff(gains) / np.diff(slots) / item.bytes_per_slot
     return [
-        _Step(number, int(grid[a]), int(grid[b]), float(density))
-        for (a, b), density in zip(itertools.pairwise(hull), densities, strict=True)
+        _Step(number, int(a), int(b), float(density))
+        for (a, b), density in zip(itertools.pairwise(slots), densities, strict=True)
         if density > 0
     ]
+
+
+def _majorant(item: BudgetItem, points: int) -> tuple[Ints, Floats]:
+    """Slots and gains where the least concave majorant bends, which is known at so many points; none to be had: [0]."""
+    grid = _grid(item.floor_slots, item.max_slots, points)
+    if grid.size < 2 or item.weight == 0:
+        return grid[:0], np.empty(0)
+    gains = _gain(item, grid)
+    hull = _hull(grid, gains)
+    return grid[hull], gains[hull]
 
 
 def _spend_on_jumps(items: Sequence[BudgetItem], slots: list[int], left: int) -> int:
@@ -196,11 +213,11 @@ def _gain(item: BudgetItem, slots: npt.ArrayLike) -> Floats:
     return item.weight * (item.curve.hit_rate(counts) - item.jump * (counts >= item.max_slots))
 
 
-def _grid(low: int, high: int) -> Ints:
+def _grid(low: int, high: int, points: int) -> Ints:
     """Every slot count where there are few, else finer near `low`, where the curve bends."""
-    if high - low < _POINTS:
+    if high - low < points:
         return np.arange(low, high + 1, dtype=np.int64)
-    offsets = np.geomspace(1, high - low, _POINTS).round().astype(np.int64)
+    offsets = np.geomspace(1, high - low, points).round().astype(np.int64)
     grid = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), offsets])) + low
     grid[-1] = high
     return grid
@@ -221,4 +238,4 @@ def _hull(grid: Ints, gains: Floats) -> list[int]:
     return hull
 
 
-__all__ = ["BudgetItem", "explain_split", "split_budget"]
+__all__ = ["BudgetItem", "explain_split", "gain_steps", "split_budget"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ _HASH_BITS, _MOST_WINDOWS = 32, 31
 _HELD_BACK, _BATCHES_HELD_BACK = 1 << 13, 256
 _HOT_PART = 32
 _PARTS_OF_A_BATCH = 1 << 20
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _ID_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Of Fibonacci hashing and of the SplitMix64 generator, as signed numbers.
 _SPREAD, _STIR = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -102,13 +104,10 @@ class AccessSample:
         """One batch: integer ids of any shape, on any device.
 
         Raises:
-            InputError: not integers.
+            InputError: not integers, signed or not.
             RowIndexError: an id outside the table; then nothing is kept.
         """
-        # A copy: the caller may fill its array again, or have one that must not be written.
-        flat = ids.detach().reshape(-1) if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids).reshape(-1))
-        if flat.dtype not in _ID_TYPES:
-            raise InputError(f"a trace needs integer ids, got {flat.dtype}")
+        flat = _signed(ids)
         if flat.numel():
             least, most = int(flat.amin()), int(flat.amax())
             if least < 0 or most >= self.rows:
@@ -147,9 +146,22 @@ class AccessSample:
         """One that goes its own way."""
         return copy.deepcopy(self)
 
+    def thinned(self, parts: int) -> AccessSample:
+        """A copy with as much of the latest as one of so many parts of a sample needs, for `merged`."""
+        self._settle()
+        fewer = AccessSample(self.rows, events=max(LEAST_EVENTS, min(self._events, 2 * self._events // parts)))
+        fewer.lookups, fewer.batches = self.lookups, self.batches
+        fewer._kept = []
+        while not fewer._kept or (fewer._kept[-1].lost and len(fewer._kept) < _MOST_WINDOWS):
+            level = len(fewer._kept)
+            kept = self._kept[level] if level < len(self._kept) else self._kept[-1].next(level)
+            fewer._kept.append(kept.latest(fewer._events))
+        return fewer
+
     @classmethod
     def merged(cls, parts: Sequence[AccessSample]) -> AccessSample:
-        """Samples of the same batches in several places, such as the row shards of a table, as one.
+        """Samples of the same batches in several places, such as the row shards of a table, as one. It keeps as much of
+        each window as the part that keeps the most, or as half of all parts.
 
         Raises:
             ConfigError: no sample, or tables of different sizes.
@@ -158,7 +170,8 @@ class AccessSample:
             raise ConfigError(f"samples of one table are needed, got tables of {[part.rows for part in parts]} rows")
         for part in parts:
             part._settle()
-        whole = cls(parts[0].rows, events=max(part._events for part in parts))
+        sizes = [part._events for part in parts]
+        whole = cls(parts[0].rows, events=max(*sizes, min(sum(sizes) // 2, DEFAULT_EVENTS)))
         whole.lookups, whole.batches = sum(part.lookups for part in parts), max(part.batches for part in parts)
         whole._kept = []
         while not whole._kept or (whole._kept[-1].lost and len(whole._kept) < _MOST_WINDOWS):
@@ -202,6 +215,24 @@ def row_hash(ids: Tensor) -> Tensor:
     mixed = (ids + 1) * _SPREAD
     mixed = (mixed ^ (mixed >> 29)) * _STIR
     return (mixed >> (63 - _HASH_BITS)) & ((1 << _HASH_BITS) - 1)
+
+
+def _signed(ids: Tensor | npt.NDArray[Any]) -> Tensor:
+    """Ids in one row, of a signed type or uint8; those of an array are a copy, which the caller may fill again."""
+    if isinstance(ids, Tensor):
+        if ids.dtype not in (*_ID_TYPES, *_UNSIGNED):
+            raise InputError(f"a trace needs integer ids, got {ids.dtype}")
+        if ids.dtype not in _UNSIGNED:
+            return ids.detach().reshape(-1)
+        # PyTorch cannot compare these.
+        ids = ids.detach().cpu().numpy()
+    array = np.asarray(ids).reshape(-1)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"a trace needs integer ids, got {array.dtype}")
+    if array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise RowIndexError(f"the trace has a row id of {int(array.max())}, which no table has")
+    # Whatever the order of its bytes is.
+    return torch.from_numpy(array.astype(np.int64))
 
 
 class _Kept:
@@ -271,6 +302,13 @@ class _Kept:
         fewer = _Kept(self._most, left_out)
         fewer.append(fewer.wanted(self.columns, level))
         fewer.lost = self.lost
+        return fewer
+
+    def latest(self, most: int) -> _Kept:
+        """The last so many of them."""
+        fewer = _Kept(most, self._left_out)
+        fewer.append(self.columns)
+        fewer.lost = fewer.lost or self.lost
         return fewer
 
     @classmethod

@@ -52,7 +52,7 @@ class AccessRecorder:
                 sample.add(ids - self._bases[table] + self._shards[table].row_offset)
 
     def samples(self) -> list[tuple[TableShard, AccessSample]]:
-        """A copy of what was recorded, by shard.
+        """A copy of what was recorded, by shard; of a shard of the rows as much as the whole table's sample will keep.
 
         Raises:
             ConfigError: nothing is being recorded.
@@ -60,7 +60,15 @@ class AccessRecorder:
         with self._lock:
             if self._samples is None:
                 raise ConfigError("nothing was recorded: call record_access() before the lookups that shall count")
-            return [(shard, sample.copy()) for shard, sample in zip(self._shards, self._samples, strict=True)]
+            return [
+                (shard, sample.copy() if shard.rows == shard.table.rows else sample.thinned(_parts(shard)))
+                for shard, sample in zip(self._shards, self._samples, strict=True)
+            ]
+
+
+def _parts(shard: TableShard) -> int:
+    """How many shards of its size have the rows of a table."""
+    return -(-shard.table.rows // max(1, shard.rows))
 
 
 def of_whole_tables(recorded: Iterable[tuple[TableShard, AccessSample]]) -> dict[str, AccessSample]:
