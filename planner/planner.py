@@ -91,6 +91,8 @@ def turbo_ssd_planner(
             raise ConfigError(f"{what} must be a positive int, got {value!r}")
     if "enumerator" in kwargs:
         raise ConfigError("the planner brings its own enumerator, whose estimators know tables on SSD; pass none")
+    if ssd is not None and not isinstance(ssd, SsdSpeed):
+        raise ConfigError(f"ssd must be an SsdSpeed, as `Machine.ssd` is one, got {type(ssd).__name__}")
     _check_topology(topology)
     check_constraints(constraints or {})
     given = {table: _on_turbo_ssd(one) for table, one in (constraints or {}).items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torchrec.distributed.planner.utils import sharder_name
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan, ShardMetadata
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan, ShardingType, ShardMetadata
 
 from torchrec_turbossd.planner.demand import row_bytes
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, TurboCacheParams, slots_of
@@ -70,7 +71,16 @@ def describe_plan(
         for table, sharding in module_plan.items():
             tensor, fused_params = tensors.get(table, (None, None))
             rows += _rows(path, table, sharding, tensor, fused_params)
+    if _on_gpus(plan):
+        # Copies have no placement of their own in a plan.
+        copied = ShardingType.DATA_PARALLEL.value
+        rows = [dataclasses.replace(row, tier="HBM") if row.sharding_type == copied else row for row in rows]
     return sorted(rows, key=lambda row: (row.module, row.table, row.rank, row.first_col, row.first_row))
+
+
+def _on_gpus(plan: ShardingPlan) -> bool:
+    shardings = [sharding for module_plan in plan.plan.values() for sharding in module_plan.values()]
+    return any(place.device == "cuda" for sharding in shardings for place in _places(sharding, None))
 
 
 def format_plan(rows: Iterable[PlanRow]) -> str:

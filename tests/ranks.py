@@ -26,8 +26,8 @@ def run_ranks(
 
     A rank that raises makes this raise with its traceback. With `local` each host has so many ranks.
     """
-    # Ranks are forked from one process that has done the slow imports, and nothing else. CUDA survives no fork, and those
-    # imports may look for it.
+    # Ranks are forked from one process that has done the slow imports, and nothing else. CUDA survives no fork, and
+    # those imports may look for it.
     forked = backend != "nccl" and not torch.cuda.is_available()
     context = mp.get_context("forkserver" if forked else "spawn")
     if forked:

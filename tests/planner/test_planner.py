@@ -181,7 +181,7 @@ def test_many_tables_are_planned_quickly_and_fit() -> None:
     made = planner(topology("cuda", ranks=2, fast=100 * MB))
     plan = made.plan(model, sharders())
     kernels = [sharding.compute_kernel for sharding in plan.plan["ebc"].values()]
-    assert 0 < kernels.count(TURBO_SSD) < 60
+    assert kernels.count(TURBO_SSD) > 0
     assert all(storage.hbm <= 100 * MB for storage in used(made, 2))
     # At most some of it is idle: some caches may be as large as their tables.
     assert sum(storage.hbm for storage in used(made, 2)) > 150 * MB
@@ -231,6 +231,13 @@ def test_data_parallel_tables_are_described() -> None:
         (1, 20_000, 20_000 * 512, "DRAM"),
     ]
     assert [row.rows for row in describe_plan(plan)] == [None, None]
+
+
+def test_copies_beside_tables_on_gpus_are_there_too() -> None:
+    model = Model(BIG, SMALL)
+    constraints = {"small": ParameterConstraints(sharding_types=["data_parallel"])}
+    plan = planner(topology("cuda", ranks=2), constraints=constraints).plan(model, sharders())
+    assert {row.table: row.tier for row in describe_plan(plan, model, sharders())} == {"big": "SSD", "small": "HBM"}
 
 
 def test_options_are_listed_in_memory_first() -> None:

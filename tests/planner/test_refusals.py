@@ -149,3 +149,8 @@ def test_a_gpu_whose_host_has_no_memory_is_explained() -> None:
     where = Topology(world_size=2, compute_device="cuda", hbm_cap=10**9, ddr_cap=1000, ssd_cap=10**12)
     with pytest.raises(BudgetError, match=r"DRAM: the tables take at least .* short\..* raise Topology\(ddr_cap="):
         planner(where, 64, on_ssd).plan(model, sharders())
+
+
+def test_a_machine_is_no_speed() -> None:
+    with pytest.raises(ConfigError, match=r"SsdSpeed, as `Machine.ssd` is one, got int"):
+        turbo_ssd_planner(topology("cpu"), 64, ssd=400_000)  # type: ignore[arg-type]

@@ -108,3 +108,21 @@ def test_a_budget_goes_where_the_lookups_were(tmp_path: Path) -> None:
     # Where one profile does not say how many lookups it was made from, tables count alike.
     alike = slots("alike", busy=busy, quiet=even)
     assert alike["busy"] == pytest.approx(alike["quiet"], rel=0.1)
+
+
+def test_slots_stop_where_more_do_nothing(tmp_path: Path) -> None:
+    # Half of the lookups ask for a row that nobody asked for before.
+    rng = np.random.default_rng(5)
+    trace = np.where(rng.random(80_000) < 0.5, rng.integers(0, 2000, 80_000), np.arange(80_000))
+    profile = AccessProfile.from_trace(trace, 80_000)
+    specs = [("t", 80_000, 4, SparseType.INT8)]
+
+    def slots(rate: float) -> int:
+        with TurboSSDInferenceModule.from_embedding_specs(
+            specs, str(tmp_path / str(rate)), cache_hit_rate=rate, device="cpu", access={"t": profile}
+        ) as tested:
+            return tested.slots["t"]
+
+    with pytest.warns(RuntimeWarning, match=r"'t': 90.0% of lookups cannot be hit .* gets [\d,]+ slots, for 4\d"):
+        assert 2000 <= slots(0.9) < 60_000
+    assert slots(0.4) < 5000 and slots(1.0) == 80_000

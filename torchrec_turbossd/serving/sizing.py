@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,6 +25,7 @@ LEAST_SLOTS = 1024
 """A table gets at least this many slots, or one for each of its rows, so that a small batch fits."""
 
 GIB = 1 << 30
+_JUMP = 1e-6
 CUDA_ALIGNMENT, CPU_ALIGNMENT = 16, 1
 """FBGEMM pads rows to this many bytes on a CUDA device, and on a CPU machine."""
 _DEVICES = {CUDA_ALIGNMENT: "cuda", CPU_ALIGNMENT: "cpu"}
@@ -49,9 +51,29 @@ def fast_bytes(tables: Sequence[TableSpec], slots: Sequence[int], alignment: int
 def slots_for_hit_rate(
     tables: Sequence[TableSpec], hit_rate: float, access: Mapping[str, AccessProfile] | None
 ) -> list[int]:
-    """The least slots of each table that reach `hit_rate` per lookup, `LEAST_SLOTS` or more where it has the rows."""
-    wanted = [_curve(t, access).slots_for(hit_rate) for t in tables]
+    """The least slots of each table that reach `hit_rate` per lookup, `LEAST_SLOTS` or more where it has the rows.
+
+    Where the trace of a profile had so many first lookups of rows that nothing short of a slot for every row would
+    reach it, the least that do as well as any others, with a warning.
+    """
+    wanted = [_slots_for(t, _curve(t, access), hit_rate) for t in tables]
     return [min(max(count, LEAST_SLOTS), t.rows, MAX_SLOTS) for count, t in zip(wanted, tables, strict=True)]
+
+
+def _slots_for(table: TableSpec, curve: HitRateCurve, hit_rate: float) -> int:
+    most = curve.hit_rate(table.rows - 1)
+    # A jump at the last slot: the curve of a trace.
+    if not most + _JUMP < hit_rate < 1 or curve.hit_rate(table.rows) < most + _JUMP:
+        return curve.slots_for(hit_rate)
+    slots = curve.slots_for(max(0.0, most - _JUMP))
+    warnings.warn(
+        f"table {table.name!r}: {hit_rate:.1%} of lookups cannot be hit short of a slot for each of its {table.rows:,} "
+        f"rows, because {1 - most:.1%} of those in its profile's trace asked for a row for the first time; it gets "
+        f"{slots:,} slots, for {most:.1%}. Record a longer trace, or lower cache_hit_rate",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return slots
 
 
 def plan_slots(tables: Sequence[TableSpec], config: ServingConfig, device: torch.device) -> list[int]:
