@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, Topology, TopologyFactory, TrainerConfig
 
-from torchrec_turbossd.errors import ConfigError, CorruptError, FormatVersionError
+from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.planner.kernel import HBM_DEVICES
 from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES, SsdSpeed
+from torchrec_turbossd.sizing.json_file import only_corrupt, read_json, write_whole
 
 FORMAT = "torchrec_turbossd machine"
 VERSION = 1
 
+MOST_RANKS_OF_A_HOST = 128
+"""PyTorch counts the devices of a host no further."""
+
+_MOST_BYTES = (1 << 63) - 1
+_SLOWEST, _FASTEST = 1e-3, 1e18
 _SPEEDS = ("hbm_mem_bw", "ddr_mem_bw", "hbm_to_ddr_mem_bw", "intra_host_bw", "inter_host_bw")
 
 
@@ -30,7 +33,7 @@ class Machine:
 
     Attributes:
         compute_device: "cpu", "cuda" or "mtia".
-        local_world_size: ranks of the host.
+        local_world_size: ranks of the host, at most 128.
         hbm_cap: bytes of HBM of a rank; 0 without an accelerator.
         ddr_cap: bytes of DRAM of a rank.
         ssd_cap: bytes of SSD of a rank.
@@ -65,15 +68,18 @@ class Machine:
         if self.compute_device not in ("cpu", *HBM_DEVICES):
             raise ConfigError(f"compute_device must be 'cpu', 'cuda' or 'mtia', got {self.compute_device!r}")
         least_hbm = 1 if self.compute_device in HBM_DEVICES else 0
-        for name, least in (("local_world_size", 1), ("hbm_cap", least_hbm), ("ddr_cap", 1), ("ssd_cap", 0)):
+        for name, least, most in (
+            ("local_world_size", 1, MOST_RANKS_OF_A_HOST),
+            *((name, least, _MOST_BYTES) for name, least in (("hbm_cap", least_hbm), ("ddr_cap", 1), ("ssd_cap", 0))),
+        ):
             count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ConfigError(f"{name} must be an int of at least {least}, got {count!r}")
+            if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
+                raise ConfigError(f"{name} must be an int of at least {least} and at most {most}, got {count!r}")
         for name in ("ssd_reads_per_s", "ssd_bytes_per_s", *(s for s in _SPEEDS if getattr(self, s) is not None)):
             speed = getattr(self, name)
             number = isinstance(speed, int | float) and not isinstance(speed, bool)
-            if not (number and math.isfinite(speed) and speed > 0):
-                raise ConfigError(f"{name} must be a finite number above 0, got {speed!r}")
+            if not (number and _SLOWEST <= speed <= _FASTEST):
+                raise ConfigError(f"{name} must be a number from {_SLOWEST:g} to {_FASTEST:g}, got {speed!r}")
         if not isinstance(self.notes, tuple) or not all(isinstance(note, str) for note in self.notes):
             raise ConfigError(f"notes must be a tuple of str, got {self.notes!r}")
 
@@ -114,14 +120,8 @@ class Machine:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the machine to `path` as JSON, whole or not at all."""
-        target = Path(path)
         whole = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            part.write_text(json.dumps(whole, indent=2) + "\n")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(whole, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Machine:
@@ -132,16 +132,12 @@ class Machine:
             FormatVersionError: a newer release wrote it.
             CorruptError: anything else than a whole machine.
         """
-        try:
-            whole: dict[str, Any] = json.loads(Path(path).read_text())
-            if whole.pop("format") != FORMAT:
-                raise CorruptError(f"{path} is not a machine file: its format is not {FORMAT!r}")
-            version = whole.pop("version")
-            if version > VERSION:
-                raise FormatVersionError(f"{path} has version {version}; this release reads up to {VERSION}: upgrade")
-            return cls(**{**whole, "notes": tuple(whole["notes"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptError(f"{path} is not a whole machine file: {error}") from error
+        whole, _ = read_json(path, format=FORMAT, newest=VERSION)
+        with only_corrupt(path, FORMAT):
+            notes = whole["notes"]
+            if not isinstance(notes, list):
+                raise ValueError(f"notes must be a list of sentences, got {notes!r}")
+            return cls(**{**whole, "notes": tuple(notes)})
 
 
-__all__ = ["FORMAT", "VERSION", "Machine"]
+__all__ = ["FORMAT", "MOST_RANKS_OF_A_HOST", "VERSION", "Machine"]

@@ -13,7 +13,7 @@ import torch
 
 from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.planner.disk import READS_AT_ONCE, DiskSpeed, free_bytes, measure_disk
-from torchrec_turbossd.planner.machine import Machine
+from torchrec_turbossd.planner.machine import MOST_RANKS_OF_A_HOST, Machine
 from torchrec_turbossd.planner.memory_limit import dram_bytes
 from torchrec_turbossd.planner.shortfall import human
 
@@ -30,7 +30,7 @@ def measure_machine(
     ssd_directory: str | os.PathLike[str],
     *,
     compute_device: str | None = None,
-    local_world_size: int = 1,
+    local_world_size: int | None = None,
     seconds: float = 10.0,
     file_bytes: int = 1 << 30,
 ) -> Machine:
@@ -52,7 +52,7 @@ def measure_machine(
     Args:
         ssd_directory: where tables will be.
         compute_device: "cpu" or "cuda"; None: "cuda" where there is one.
-        local_world_size: ranks of this host that will share it.
+        local_world_size: ranks of this host that will share it; None: one for each CUDA device, on a CPU 1.
         seconds: how long it takes, about.
         file_bytes: size of the file, at least 16 MiB.
 
@@ -62,10 +62,10 @@ def measure_machine(
     """
     _check(local_world_size, seconds, file_bytes)
     device = _device(compute_device)
-    directory, (dram, said) = Path(ssd_directory), dram_bytes()
-    room = free_bytes(directory)
+    ranks = local_world_size or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    directory, (dram, said), room = Path(ssd_directory), dram_bytes(), free_bytes(Path(ssd_directory))
     hbm = _measure_hbm(device, seconds * 0.1) if device.type == "cuda" else _Hbm()
-    ranks, table = local_world_size, min(_TABLE_BYTES, dram // 16)
+    table = min(_TABLE_BYTES, dram // 16)
     memory = _gathered_per_ms(torch.device("cpu"), table, seconds * 0.1)
     disk = measure_disk(directory, file_bytes=file_bytes, seconds=seconds * 0.7)
     return Machine(
@@ -98,10 +98,14 @@ class _Hbm:
     notes: tuple[str, ...] = ()
 
 
-def _check(local_world_size: int, seconds: float, file_bytes: int) -> None:
-    for name, value, least in (("local_world_size", local_world_size, 1), ("file_bytes", file_bytes, 16 << 20)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be an int of at least {least:,}, got {value!r}")
+def _check(local_world_size: int | None, seconds: float, file_bytes: int) -> None:
+    ranks = 1 if local_world_size is None else local_world_size
+    for name, value, least, most in (
+        ("local_world_size", ranks, 1, MOST_RANKS_OF_A_HOST),
+        ("file_bytes", file_bytes, 16 << 20, 1 << 60),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigError(f"{name} must be an int of at least {least:,} and at most {most:,}, got {value!r}")
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds must be finite and above 0, got {seconds}")
 

@@ -60,3 +60,13 @@ def make_nothing() -> str:
 def fail() -> nn.Module:
     """A factory that fails."""
     raise RuntimeError("no luck")
+
+
+def leave() -> nn.Module:
+    """A factory that ends the process as if all were well, as parsers of arguments do."""
+    raise SystemExit(0)
+
+
+def leave_with_1() -> nn.Module:
+    """A factory that ends the process."""
+    raise SystemExit(1)

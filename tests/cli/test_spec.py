@@ -62,7 +62,7 @@ def test_every_key_arrives(tmp_path: Path) -> None:
         ("tables:\n- {name: a, rows: 1, dim: true}", "tables[0].dim: got True, wanted a whole number"),
         ("tables:\n- {name: a, rows: 1, rows: 2, dim: 4}", "plan.yaml:2: tables[0].rows stands there twice"),
         (f"{TABLE}}}\n- {{name: a, rows: 10, dim: 4}}", "plan.yaml:3: tables[1]: a second table 'a'; the first is at"),
-        ("tables:\n- {name: items, rows: 1, dim: 4}", "got 'items', wanted a name"),
+        ("tables:\n- {name: items, rows: 1, dim: 4}", "got 'items', wanted another name"),
         (f"{TABLE}, data_type: int8}}", "tables[0].data_type: got 'int8', wanted one of fp32, fp16"),
         (f"{TABLE}, kind: sequence, pooling: sum}}", "a sequence has no pooling"),
         (f"{TABLE}, features: [x, x]}}", "tables[0].features: 'x' stands there twice"),

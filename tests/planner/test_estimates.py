@@ -18,7 +18,7 @@ from torchrec_turbossd.errors import ConfigError, UnsupportedError
 from torchrec_turbossd.planner import TURBO_SSD, ProfileStatistics, SsdSpeed, slots_of
 from torchrec_turbossd.planner.access import StatisticsCurve
 from torchrec_turbossd.planner.demand import ROW_STATE, row_bytes
-from torchrec_turbossd.planner.perf import MEAN_SHARE, REMAP_COST, TurboSSDPerfModel
+from torchrec_turbossd.planner.perf import MEAN_SHARE, REMAP_COST, SSD_SURCHARGE, TurboSSDPerfModel
 from torchrec_turbossd.planner.proposer import distinct, taste
 from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES
 from torchrec_turbossd.sizing import AccessProfile, HitRateCurve
@@ -241,11 +241,11 @@ def rated(*shards: tuple[int, float, float], batches_in_flight: int) -> float:
 def test_prefetched_misses_are_hidden_by_compute() -> None:
     plan = [(0, 3.0, 1.0), (0, 1.0, 4.0), (1, 4.5, 0.0)]
     # Rank 0 computes for 4 ms and reads for 5, rank 1 computes for 4.5.
-    assert rated(*plan, batches_in_flight=2) == pytest.approx(5 + MEAN_SHARE * 13.5 / 2)
-    assert rated(*plan, batches_in_flight=3) == pytest.approx(5 + MEAN_SHARE * 13.5 / 2)
-    assert rated(*plan, batches_in_flight=1) == pytest.approx(9 + MEAN_SHARE * 13.5 / 2)
+    assert rated(*plan, batches_in_flight=2) == pytest.approx(SSD_SURCHARGE * (5 + MEAN_SHARE * 13.5 / 2))
+    assert rated(*plan, batches_in_flight=3) == pytest.approx(SSD_SURCHARGE * (5 + MEAN_SHARE * 13.5 / 2))
+    assert rated(*plan, batches_in_flight=1) == pytest.approx(SSD_SURCHARGE * (9 + MEAN_SHARE * 13.5 / 2))
     # What is hidden still counts a little.
-    assert rated((0, 9.0, 1.0), batches_in_flight=2) < rated((0, 9.0, 2.0), batches_in_flight=2) < 9.2
+    assert rated((0, 9.0, 1.0), batches_in_flight=2) < rated((0, 9.0, 2.0), batches_in_flight=2) < SSD_SURCHARGE * 9.2
 
 
 @pytest.mark.parametrize(("batches", "step"), [(1, 7.0), (2, 4.0)])
@@ -265,7 +265,7 @@ def test_ranks_that_are_not_slowest_count_a_little() -> None:
     slow.shards[0].rank, quick.shards[0].rank, slower.shards[0].rank = 0, 1, 1
     model = TurboSSDPerfModel(topology("cpu", ranks=2))
     step = slow.shards[0].perf.prefetch_compute
-    assert step < model.rate([slow, quick]) < model.rate([slow, slower]) < 1.03 * slow.total_perf
+    assert step < model.rate([slow, quick]) < model.rate([slow, slower]) < SSD_SURCHARGE * 1.03 * slow.total_perf
 
 
 def test_statistics_and_profiles_are_one_thing() -> None:

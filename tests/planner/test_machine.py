@@ -82,6 +82,19 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         {"notes": [1]},
         {"notes": None},
         {"more": 1},
+        {"version": 0},
+        {"version": -1},
+        {"version": 1.5},
+        {"version": True},
+        {"version": float("nan")},
+        {"ssd_reads_per_s": 10**400},
+        {"ssd_reads_per_s": 1e-300},
+        {"hbm_mem_bw": 10**400},
+        {"ddr_cap": 10**30},
+        {"local_world_size": 10**9},
+        {"notes": "abc"},
+        {"notes": {"abc": 1}},
+        {"notes": ["\ud800"]},
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -98,7 +111,15 @@ def test_files_that_are_not_machines_or_newer_are_refused(tmp_path: Path) -> Non
     whole = path.read_text()
     lacking = json.loads(whole)
     del lacking["ddr_cap"]
-    for text in ("", "[]", whole[:-20], json.dumps(lacking)):
+    deep = 100_000 * "[" + 100_000 * "]"
+    for text in (
+        "",
+        "[]",
+        whole[:-20],
+        json.dumps(lacking),
+        deep,
+        whole.replace('"notes": [', f'"x": {deep}, "notes": ['),
+    ):
         path.write_text(text)
         with pytest.raises(CorruptError):
             Machine.load(path)

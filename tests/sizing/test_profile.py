@@ -20,6 +20,9 @@ from torchrec_turbossd.sizing import DEFAULT_ZIPF_ALPHA, AccessProfile, HitRateC
 BILLIONS = 1_600_000_000
 
 
+CURVE = {"policy": "s3_fifo", "slots": [1, 2], "hit_rates": [0.1, 0.2]}
+
+
 def by_row(profile: AccessProfile) -> np.ndarray[Any, Any]:
     return np.repeat(profile.chances, profile.sizes)
 
@@ -115,7 +118,43 @@ def test_a_file_gives_back_the_same_profile(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": "other"}, {"rows": 5}, {"sizes": [1]}, {"chances": None}, {"chances": [0.5, 0.9]}, {"sizes": [-1, 4]}],
+    [
+        {"format": "other"},
+        {"rows": 5},
+        {"rows": 10**30},
+        {"sizes": [1]},
+        {"sizes": [-1, 4]},
+        {"sizes": [1.9, 2.1]},
+        {"sizes": ["1", "2"]},
+        {"sizes": [True, 2]},
+        {"sizes": [float("inf"), 2]},
+        {"sizes": [10**30, 2]},
+        {"sizes": [2**63 - 1, 2**63 - 1, 5], "chances": [0.1, 0.1, 0.1]},
+        {"chances": None},
+        {"chances": [0.5, 0.9]},
+        {"chances": ["0.5", "0.25"]},
+        {"chances": [10**400, 0.25]},
+        {"chances": [True, 0]},
+        {"lookups": -1},
+        {"lookups": 10**30},
+        {"colour": "red"},
+        {"curves": {}},
+        {"curves": [1]},
+        {"curves": [{**CURVE, "policy": "oracle"}]},
+        {"curves": [{**CURVE, "policy": "\ud800"}]},
+        {"curves": [{**CURVE, "colour": "red"}]},
+        {"curves": [{**CURVE, "slots": [1, 4]}]},
+        {"curves": [{**CURVE, "slots": [1, 10**30]}]},
+        {"curves": [{**CURVE, "slots": [1.0, 2.0]}]},
+        {"curves": [{**CURVE, "hit_rates": ["0.1", "0.2"]}]},
+        {"curves": [CURVE, CURVE]},
+        {"version": 0},
+        {"version": -1},
+        {"version": 1.5},
+        {"version": True},
+        {"version": float("nan")},
+        {"version": "1"},
+    ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "p.json"
@@ -125,9 +164,37 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any]) -> No
         AccessProfile.load(path)
 
 
+def test_what_is_written_is_read_with_its_curves(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    AccessProfile.from_counts(torch.tensor([2, 1, 1])).save(path)
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "curves": [CURVE]}))
+    assert [c.slots.tolist() for c in AccessProfile.load(path).curves] == [[1, 2]]
+    # Of the first version.
+    path.write_text(json.dumps({k: whole[k] for k in ("format", "rows", "sizes", "chances")} | {"version": 1}))
+    assert AccessProfile.load(path).rows == 3
+    # A link stays one.
+    (tmp_path / "link").symlink_to(path)
+    AccessProfile.zipf(7).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and AccessProfile.load(path).rows == 7
+
+
+@pytest.mark.parametrize("sizes", [[1.0, 2.0], ["1", "2"], [10**30, 1], [True, False]])
+def test_sizes_are_not_made_to_fit(sizes: list[Any]) -> None:
+    with pytest.raises(ConfigError, match="sizes must be whole numbers of 64 bits"):
+        AccessProfile(3, np.array(sizes), np.array([0.5, 0.25]))
+
+
+def test_counts_of_other_kinds() -> None:
+    assert AccessProfile.from_counts(torch.tensor([1, 3], dtype=torch.bfloat16)).chances[0] == 0.75
+    for counts in (torch.tensor([1j, 1]), np.array([1, 2], dtype="m8[s]"), np.array(["1", "2"])):
+        with pytest.raises(InputError, match="real numbers"):
+            AccessProfile.from_counts(counts)
+
+
 def test_files_that_are_not_profiles_or_newer_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
-    for text in ("", "[]", '{"rows": 1'):
+    for text in ("", "[]", '{"rows": 1', 100_000 * "[" + 100_000 * "]", '{"format": ' + 5000 * "9" + "}"):
         path.write_text(text)
         with pytest.raises(CorruptError):
             AccessProfile.load(path)
@@ -139,7 +206,7 @@ def test_files_that_are_not_profiles_or_newer_are_refused(tmp_path: Path) -> Non
         AccessProfile.load(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("rows", [0, -3, 2.5, True, float("nan")])
+@pytest.mark.parametrize("rows", [0, -3, 2.5, True, float("nan"), 2**63])
 def test_absurd_rows(rows: Any) -> None:
     with pytest.raises(ConfigError, match="rows must be a positive int"):
         AccessProfile.zipf(rows)

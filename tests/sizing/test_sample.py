@@ -69,6 +69,32 @@ def test_regular_ids_do_not_make_regular_samples() -> None:
             assert (hashes < share * 2**32).mean() == pytest.approx(share, rel=0.25)
 
 
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<u8", ">u4", ">u8", ">i8", ">i2"])
+def test_ids_may_be_unsigned_or_of_another_byte_order(dtype: str) -> None:
+    sample = AccessSample(300)
+    sample.add(np.array([[7, 200]], dtype=dtype))
+    (window,) = sample.windows()
+    assert window.ids.tolist() == [7, 200]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_tensors_may_be_unsigned(dtype: torch.dtype) -> None:
+    sample = AccessSample(300)
+    sample.add(torch.tensor([7, 200]).to(dtype))
+    (window,) = sample.windows()
+    assert window.ids.tolist() == [7, 200]
+    with pytest.raises(RowIndexError):
+        sample.add(torch.tensor([300]).to(dtype))
+
+
+def test_ids_that_no_table_has() -> None:
+    with pytest.raises(RowIndexError, match="18446744073709551615"):
+        AccessSample(300).add(np.array([2**64 - 1], dtype=np.uint64))
+    for ids in (np.array(["a"]), np.array([1.0]), np.array([True]), torch.tensor([True]), torch.tensor([1j])):
+        with pytest.raises(InputError, match="integer ids"):
+            AccessSample(300).add(ids)
+
+
 def test_batches_may_be_of_any_type_and_are_copied() -> None:
     sample = AccessSample(300)
     ids = torch.tensor([[1, 2], [3, 299]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from torchrec_turbossd.cli.model import Config
 from torchrec_turbossd.cli.profiles import source_of
+from torchrec_turbossd.cli.quantities import human_size
 from torchrec_turbossd.cli.report import (
     MachineReport,
     Milliseconds,
@@ -65,6 +67,11 @@ class Made:
         """Which field of TorchRec's `Storage` has the slots."""
         return fast_memory(self.topology.compute_device)
 
+    @property
+    def memory(self) -> str:
+        """The same, as people call it."""
+        return "HBM" if self.fast == "hbm" else "DRAM"
+
 
 def describe(
     spec: PlanSpec, made: Made, configs: Mapping[str, Config], entries: Mapping[str, TableEntry]
@@ -88,6 +95,7 @@ def describe(
         ranks=ranks,
         tables=tables,
         one_more_gib=_one_more_gib(made, tables),
+        warnings=_warnings(ranks, made.memory),
     )
 
 
@@ -120,7 +128,8 @@ def _table(
         kind="bag" if option.is_pooled else "sequence",
         features=list(configs[option.name].feature_names) if option.name in configs else [],
         access=source_of(entry.access if entry is not None else None),
-        tier=rows[0].tier,
+        # A replica has no place in the plan: it is where the ranks compute.
+        tier=rows[0].tier if rows[0].tier == "SSD" else made.memory,
         forced=bool(kernels) and ({*(kernels or ())} <= _ON_SSD or not _ON_SSD & {*(kernels or ())}),
         sharding_type=option.sharding_type,
         compute_kernel=option.compute_kernel,
@@ -189,6 +198,10 @@ def _ranks(made: Made, tables: Sequence[TableReport]) -> list[RankReport]:
         available = int(getattr(free[device.rank], made.fast))
         used = sum(shard.fast_bytes + shard.io_bytes for shard in shards)
         ms = _by_rank(shards).get(device.rank, Milliseconds())
+        beside = sum(shard.dram_bytes for shard in shards)
+        in_dram = beside if made.fast == "hbm" else used
+        # Nothing is short where there is no store.
+        short = stores[device.rank] - int(device.storage.ddr) + in_dram if device.rank in stores else 0
         ranks.append(
             RankReport(
                 rank=device.rank,
@@ -197,8 +210,9 @@ def _ranks(made: Made, tables: Sequence[TableReport]) -> list[RankReport]:
                 fast_used_bytes=used,
                 fast_free_bytes=available - used,
                 dram_capacity_bytes=int(device.storage.ddr) if made.fast == "hbm" else 0,
-                dram_used_bytes=sum(shard.dram_bytes for shard in shards),
+                dram_used_bytes=beside,
                 store_bytes=stores.get(device.rank, 0),
+                dram_short_bytes=max(0, short),
                 ssd_capacity_bytes=int(device.storage.ssd),
                 ssd_used_bytes=sum(shard.ssd_bytes for shard in shards),
                 tables=len(names[device.rank]),
@@ -209,6 +223,24 @@ def _ranks(made: Made, tables: Sequence[TableReport]) -> list[RankReport]:
             )
         )
     return ranks
+
+
+def _warnings(ranks: Sequence[RankReport], memory: str) -> list[str]:
+    short = [rank for rank in ranks if rank.dram_short_bytes]
+    if not short:
+        return []
+    worst = max(short, key=lambda rank: rank.dram_short_bytes)
+    said = (
+        f"DRAM is short by {human_size(worst.dram_short_bytes)} on rank {worst.rank}"
+        f"{f' and less on {len(short) - 1:,} more' if len(short) > 1 else ''}: row stores take up to "
+        f"{human_size(worst.store_bytes)} of a rank's, and the plan leaves less. Give a rank more DRAM, or keep more "
+        "tables in memory"
+    )
+    # On a CPU, caches and stores share one memory.
+    percent = math.ceil(100 * max(rank.store_bytes / rank.fast_capacity_bytes for rank in short)) + 1
+    if memory == "DRAM" and percent < 100:
+        said += f", or keep more of it back from the caches: reserve: {percent}"
+    return [f"{said}."]
 
 
 def _one_more_gib(made: Made, tables: Sequence[TableReport]) -> OneMoreGib | None:
@@ -254,7 +286,7 @@ def _machine(made: Made, spec: PlanSpec) -> MachineReport:
         device=topology.compute_device,
         ranks=topology.world_size,
         ranks_per_host=topology.local_world_size,
-        fast_memory="HBM" if made.fast == "hbm" else "DRAM",
+        fast_memory=made.memory,
         reserve=spec.reserve,
         hbm_bytes=int(storage.hbm),
         dram_bytes=int(storage.ddr),

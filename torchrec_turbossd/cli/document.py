@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torchrec_turbossd.cli.quantities import parse_count, parse_number, parse_si
 from torchrec_turbossd.errors import ConfigError
 
 T = TypeVar("T")
+_MOST_VALUES = 500_000
+_ODD_NUMBER = re.compile(r"[-+]?0[0-9_xb]|.*:")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Entry:
 
     def text(self, wanted: str = "text") -> str:
         """Text that is not empty."""
-        if not isinstance(self.value, str) or not self.value.strip():
+        if not isinstance(self.value, str) or not self.value.strip() or not _can_be_written(self.value):
             self.fail(wanted)
         return self.value
 
@@ -88,21 +91,33 @@ class Entry:
             raise ConfigError(f"{self.where}: {_first_double(found)!r} stands there twice")
         return found
 
-    def count(self) -> int:
-        """A whole number above 0."""
-        return self._parsed(parse_count, "a whole number above 0")
+    def count(self, most: int) -> int:
+        """A whole number above 0 and up to `most`."""
+        wanted = f"a whole number above 0, at most {most:,}, such as 1_000_000 or 1e6"
+        found = self._parsed(parse_count, wanted)
+        if found > most:
+            self.fail(wanted)
+        return found
 
-    def number(self, wanted: str = "a number that is not negative") -> float:
-        """A finite number that is not negative."""
-        return self._parsed(parse_number, wanted)
+    def number(self, wanted: str = "a number that is not negative", *, least: float = 0.0, most: float = 1e18) -> float:
+        """A number that is not negative, from `least` to `most`."""
+        wanted = f"{wanted}, {f'from {least:g} ' if least else ''}to {most:g}"
+        found = self._parsed(parse_number, wanted)
+        if not least <= found <= most:
+            self.fail(wanted)
+        return found
 
     def size(self) -> int:
         """Bytes."""
-        return self._parsed(parse_size, 'a size above 0: a number of GiB, or text such as "40 GiB" or "512 MB"')
+        return self._parsed(
+            parse_size, 'a size above 0, below 8 EiB: a number of GiB, or text such as "40 GiB" or "512 MB"'
+        )
 
     def speed(self) -> float:
         """Bytes per second."""
-        return self._parsed(parse_speed, 'a speed above 0: a number of GB/s, or text such as "3.35 TB/s"')
+        return self._parsed(
+            parse_speed, 'a speed from 1 B/s to 1e18 B/s: a number of GB/s, or text such as "3.35 TB/s"'
+        )
 
     def _parsed(self, parse: Callable[[object], T], wanted: str) -> T:
         try:
@@ -119,11 +134,14 @@ def read_document(path: Path) -> Entry:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         return _from_json(text, str(path)) if path.suffix == ".json" else _from_yaml(text, str(path))
-    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A ValueError also of numbers with more digits than Python takes.
         raise ConfigError(
             f"{path} is no {'JSON' if path.suffix == '.json' else 'YAML'}: {_in_a_line(error)}"
         ) from error
@@ -152,38 +170,62 @@ def _from_yaml(text: str, file: str) -> Entry:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        return Entry(None, "", file) if node is None else _from_node(loader, node, "", file)
+        return Entry(None, "", file) if node is None else _Values(loader, file).entry(node, "")
     finally:
         loader.dispose()
 
 
-def _from_node(loader: yaml.SafeLoader, node: yaml.Node, place: str, file: str) -> Entry:
-    line = node.start_mark.line + 1
-    value: Any
-    if isinstance(node, yaml.MappingNode):
-        value = dict(_pairs(loader, node, place, file))
-    elif isinstance(node, yaml.SequenceNode):
-        value = [_from_node(loader, one, f"{place}[{n}]", file) for n, one in enumerate(node.value)]
-    else:
+class _Values:
+    """Entries of the nodes of one file, which stop where aliases of aliases would fill the memory."""
+
+    def __init__(self, loader: yaml.SafeLoader, file: str) -> None:
+        self._loader, self._file, self._left = loader, file, _MOST_VALUES
+
+    def entry(self, node: yaml.Node, place: str) -> Entry:
+        line = node.start_mark.line + 1
+        self._left -= 1
+        if self._left < 0:
+            raise ConfigError(f"{self._file}:{line}: more than {_MOST_VALUES:,} values, counted where aliases stand")
+        value: Any
+        if isinstance(node, yaml.MappingNode):
+            value = dict(self._pairs(node, place))
+        elif isinstance(node, yaml.SequenceNode):
+            value = [self.entry(one, f"{place}[{n}]") for n, one in enumerate(node.value)]
+        else:
+            value = self._scalar(node)
+        return Entry(value, place, self._file, line)
+
+    def _scalar(self, node: yaml.Node) -> Any:
         try:
-            value = loader.construct_object(node)
-        except ValueError:
-            # Such as the date 2026-99-99.
-            value = node.value
-    return Entry(value, place, file, line)
+            value = self._loader.construct_object(node)
+            # To YAML 1.1 these are 90 and 174, which nobody means.
+            odd = isinstance(value, int | float) and not isinstance(value, bool) and _ODD_NUMBER.match(node.value)
+            return node.value if odd else value
+        except yaml.YAMLError:
+            raise
+        except Exception:
+            # Such as the date 2026-99-99, or tags that the text does not go with.
+            return node.value
+
+    def _pairs(self, node: yaml.MappingNode, place: str) -> Iterator[tuple[str, Entry]]:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(own) < len(node.value):
+            line = node.start_mark.line + 1
+            raise ConfigError(f"{self._file}:{line}: {place or 'the document'} has a key that is not text")
+        if len(set(own)) < len(own):
+            line = node.value[own.index(_first_double(own))][0].start_mark.line + 1
+            raise ConfigError(f"{self._file}:{line}: {_below(place, _first_double(own))} stands there twice")
+        # Merge keys (<<) come first, so that a mapping's own entries override them.
+        self._loader.flatten_mapping(node)
+        # Merged again and again they would double each time.
+        node.value = list({key.value: (key, value) for key, value in node.value}.values())
+        for key, value in node.value:
+            yield key.value, self.entry(value, _below(place, key.value))
 
 
-def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, place: str, file: str) -> Iterator[tuple[str, Entry]]:
-    own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    if len(own) < len(node.value):
-        raise ConfigError(f"{file}:{node.start_mark.line + 1}: {place or 'the document'} has a key that is not text")
-    if len(set(own)) < len(own):
-        line = node.value[own.index(_first_double(own))][0].start_mark.line + 1
-        raise ConfigError(f"{file}:{line}: {_below(place, _first_double(own))} stands there twice")
-    # Merge keys (<<) come first, so that a mapping's own entries override them.
-    loader.flatten_mapping(node)
-    for key, value in node.value:
-        yield key.value, _from_node(loader, value, _below(place, key.value), file)
+def _can_be_written(text: str) -> bool:
+    """Not so halves of surrogate pairs, which JSON may have alone."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text) and "\0" not in text
 
 
 def _below(place: str, key: str) -> str:

@@ -12,6 +12,7 @@ from torchrec.distributed.planner.types import StorageReservation, Topology
 from torchrec_turbossd.cli.spec import Hardware
 from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.planner import Machine, SsdSpeed
+from torchrec_turbossd.planner.machine import MOST_RANKS_OF_A_HOST
 
 # Taken from the planner, the only part beside `sharding` that imports TorchRec's distributed code.
 from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES
@@ -84,9 +85,12 @@ def make_machine(hardware: Hardware, measured: Machine | None, where: str) -> Ma
     Raises:
         ConfigError: something is missing, or makes no sense.
     """
+    device = hardware.device if measured is None else hardware.device or measured.compute_device
+    if device == "cpu" and hardware.hbm is not None:
+        raise ConfigError(f"{where}: hbm (--hbm): a cpu has none: its slots are in dram (--dram)")
     if measured is not None:
+        _check_measured(measured, hardware, where)
         return dataclasses.replace(_divided(measured, hardware.ranks_per_host), **_said(hardware))
-    device = hardware.device
     missing = [name for name in ("device", "ranks", "hbm", "dram", "ssd") if getattr(hardware, name) is None]
     optional = {"cpu": "hbm", "cuda": "dram"}.get(device or "")
     missing = [name for name in missing if name != optional and (device or name not in ("hbm", "dram"))]
@@ -98,6 +102,11 @@ def make_machine(hardware: Hardware, measured: Machine | None, where: str) -> Ma
     if hardware.ssd_reads_per_second is None and hardware.ssd_bandwidth is None:
         raise ConfigError(f"{where}: topology: {_MISSING_SSD}")
     reads, bandwidth = hardware.ssd_reads_per_second, hardware.ssd_bandwidth
+    if hardware.ranks_per_host is None and (hardware.ranks or 1) > MOST_RANKS_OF_A_HOST:
+        raise ConfigError(
+            f"{where}: {hardware.ranks:,} ranks on one host, which has at most {MOST_RANKS_OF_A_HOST}; say how many a "
+            "host has (ranks_per_host, --ranks-per-host)"
+        )
     stated = {
         "local_world_size": hardware.ranks,
         "hbm_cap": 0,
@@ -123,6 +132,22 @@ def make_topology(machine: Machine, hardware: Hardware) -> tuple[Topology, SsdSp
         )
     ssd, writes = machine.ssd, hardware.ssd_writes_per_read
     return machine.topology(ranks), ssd if writes is None else dataclasses.replace(ssd, writes_per_read=writes)
+
+
+def _check_measured(machine: Machine, hardware: Hardware, where: str) -> None:
+    """Raise where what is said of the machines leaves open what was measured, or is about others."""
+    if hardware.device not in (None, machine.compute_device):
+        raise ConfigError(
+            f"{where}: device {hardware.device!r} was said of a machine that was measured as "
+            f"{machine.compute_device!r}; measure one of that kind, or leave the machine file out and say all of it"
+        )
+    hosts, ranks = machine.local_world_size, hardware.ranks
+    if ranks not in (None, hosts) and hardware.ranks_per_host is None:
+        raise ConfigError(
+            f"{where}: {ranks} ranks on how many hosts? The machine was measured for {hosts} on a host: say "
+            f"ranks_per_host (--ranks-per-host), such as {min(ranks or 1, MOST_RANKS_OF_A_HOST)} or {hosts}; what a "
+            "host has is divided among its ranks"
+        )
 
 
 def _said(hardware: Hardware) -> dict[str, Any]:

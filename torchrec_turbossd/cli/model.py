@@ -58,8 +58,8 @@ def load_model(reference: str) -> nn.Module:
         model = factory()
     except ConfigError:
         raise
-    except Exception as error:
-        # Whatever the user's code raises.
+    except (Exception, SystemExit) as error:
+        # Whatever the user's code raises, such as the exit of a parser of arguments.
         raise ConfigError(f"--model: {reference} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"--model: {reference} returned {type(model).__name__}, wanted an nn.Module")

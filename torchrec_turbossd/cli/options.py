@@ -39,7 +39,12 @@ class PlanOptions:
     )
     ranks: Annotated[int | None, typer.Option(min=1, help="All of them.", rich_help_panel=_MACHINES)] = None
     ranks_per_host: Annotated[
-        int | None, typer.Option(min=1, help="As many as there are, unless given.", rich_help_panel=_MACHINES)
+        int | None,
+        typer.Option(
+            min=1,
+            help="As many as there are, unless given; with --machine, as many as were measured.",
+            rich_help_panel=_MACHINES,
+        ),
     ] = None
     hbm: Annotated[
         str | None,
@@ -47,8 +52,16 @@ class PlanOptions:
     ] = None
     dram: Annotated[str | None, typer.Option(metavar="SIZE", help="Of one rank.", rich_help_panel=_MACHINES)] = None
     ssd: Annotated[str | None, typer.Option(metavar="SIZE", help="Of one rank.", rich_help_panel=_MACHINES)] = None
+    ssd_reads_per_second: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER", help="Random reads of 4 KiB of one rank.", rich_help_panel=_MACHINES),
+    ] = None
+    ssd_bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="SPEED", help='Of one rank: "6 GB/s", or GB/s.', rich_help_panel=_MACHINES),
+    ] = None
     machine: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="JSON",
             help="What --measure wrote on a host like those that will train; with --measure, where to write it. "
@@ -61,7 +74,7 @@ class PlanOptions:
         typer.Option(metavar="FILE", help="Write everything as JSON; - is standard output.", rich_help_panel=_OUTPUT),
     ] = None
     plot: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="PNG", help="Draw hit rates of the tables on SSD.", rich_help_panel=_OUTPUT),
     ] = None
     top: Annotated[int, typer.Option(min=1, help="Tables and ranks to show.", rich_help_panel=_OUTPUT)] = 20
@@ -70,8 +83,8 @@ class PlanOptions:
         bool,
         typer.Option(
             "--measure",
-            help="Measure this host: about ten seconds. Alone it writes --machine (machine.json unless given); with "
-            "tables they are planned for it.",
+            help="Measure this host: about ten seconds. It has as many ranks as GPUs, or those given. Alone it writes "
+            "--machine (machine.json unless given); with tables they are planned for it.",
             rich_help_panel=_MEASURING,
         ),
     ] = False

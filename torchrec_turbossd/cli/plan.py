@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
 from torchrec.distributed.types import CacheParams, ShardingPlan
@@ -15,11 +18,27 @@ from torchrec_turbossd.cli.model import Config, build_model, configs_of
 from torchrec_turbossd.cli.profiles import load_profiles
 from torchrec_turbossd.cli.report import PlanReport
 from torchrec_turbossd.cli.spec import Limits, PlanSpec, TableEntry
-from torchrec_turbossd.errors import ConfigError
-from torchrec_turbossd.planner import Machine, turbo_ssd_planner
+from torchrec_turbossd.errors import BudgetError, ConfigError
+from torchrec_turbossd.planner import TURBO_SSD, Machine, turbo_ssd_planner
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.demand import Demand
+from torchrec_turbossd.planner.kernel import KEY_VALUE
+from torchrec_turbossd.planner.planner import TurboSSDPlanner
 from torchrec_turbossd.sharding import get_turbo_ssd_sharders
+from torchrec_turbossd.tbe.training_options import row_state
+
+_IN_OUR_WORDS = (
+    ("Topology(hbm_cap=..., ddr_cap=...)", "hbm and dram (--hbm, --dram)"),
+    ("Topology(hbm_cap=...)", "hbm (--hbm)"),
+    ("Topology(ddr_cap=...)", "dram (--dram)"),
+    ("Topology(ssd_cap=...)", "ssd (--ssd)"),
+    (f"allow {TURBO_SSD!r} in", f"allow {KEY_VALUE!r} in"),
+    ("pooling_factors", "lookups"),
+    ("add ranks", "add ranks (--ranks)"),
+)
+"""The planner's, and those of files and options."""
+
+_NO_OPTION = re.compile(r"No available sharding type.* for (.+?)\. Module", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +79,7 @@ def make_plan(
         raise ConfigError(f"{where}: batch_size missing; the file or --batch-size says it")
     machine = make_machine(spec.hardware, machine, where)
     topology, ssd = make_topology(machine, spec.hardware)
-    made_here = model is None
-    model = build_model(spec.tables) if model is None else model
+    made_here, model = model is None, build_model(spec.tables) if model is None else model
     configs = configs_of(model)
     entries = _by_name(spec, configs)
     constraints = {name: _constraints(entry, configs[name]) for name, entry in entries.items()}
@@ -80,7 +98,7 @@ def make_plan(
         callbacks=[chosen],
         stats=[],
     )
-    plan = planner.plan(model, sharders)
+    plan = _plan(planner, model, sharders, entries)
     order = {name: number for number, name in enumerate(entries if made_here else configs)}
     options = sorted(chosen.options, key=lambda option: order.get(option.name, len(order)))
     made = Made(
@@ -98,7 +116,38 @@ def make_plan(
         access=Access(profiles),
     )
     report = describe(spec, made, configs, entries)
+    if report.hit_rate_on_ssd is not None:
+        # Else nobody could train what was planned.
+        row_state(spec.optimizer, torch.device(topology.compute_device))
     return Planned(report=report, plan=plan, model=model, access=made.access, options=options)
+
+
+def _plan(
+    planner: TurboSSDPlanner, model: nn.Module, sharders: list[Any], entries: Mapping[str, TableEntry]
+) -> ShardingPlan:
+    """A plan; what stands in its way is said in the words of files and options."""
+    try:
+        return planner.plan(model, sharders)
+    except BudgetError as error:
+        text = str(error)
+        for theirs, ours in _IN_OUR_WORDS:
+            text = text.replace(theirs, ours)
+        raise BudgetError(text) from error
+    except ConfigError as error:
+        found = _NO_OPTION.match(str(error))
+        entry = entries.get(found.group(1)) if found is not None else None
+        if entry is None:
+            raise
+        raise ConfigError(
+            f"{entry.where}: no way to hold {entry.name!r} goes with its constraints, its kind and this device; ask "
+            f"for fewer compute_kernels or sharding_types ({_limits(entry.limits)}). Tables on SSD cannot be "
+            "data_parallel, sequences not table_row_wise"
+        ) from error
+
+
+def _limits(limits: Limits) -> str:
+    said = {"compute_kernels": limits.compute_kernels, "sharding_types": limits.sharding_types}
+    return "; ".join(f"{name}: {', '.join(names)}" for name, names in said.items() if names) or "none are said"
 
 
 class _Kept:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,7 +13,6 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 from torchrec_turbossd.cli.plan import Planned
 from torchrec_turbossd.cli.quantities import human_count
 from torchrec_turbossd.cli.report import TableReport
-from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.sizing import Curve
 
 MOST_CURVES = 12
@@ -22,18 +20,15 @@ _POINTS = 200
 _LONGEST_NAME = 28
 
 
-def draw_plan(planned: Planned, path: Path) -> list[str]:
-    """Write the picture as PNG, whole or not at all, and return the names of the tables in it.
+def draw_plan(planned: Planned) -> tuple[list[str], bytes]:
+    """The names of the tables in the picture, and the picture as PNG; nothing where no table is on SSD.
 
     There are at most twelve curves: those of the tables on SSD that are looked up most. The x axis is the share of a
     table's rows that have a slot, the y axis the hit rate per lookup; a dot is what the plan gives a shard.
-
-    Raises:
-        ConfigError: no table is on SSD.
     """
     chosen = [(number, table) for number, table in enumerate(planned.report.tables) if table.tier == "SSD"]
     if not chosen:
-        raise ConfigError(f"--plot {path}: no table is on SSD, so that there is no curve to draw")
+        return [], b""
     chosen.sort(key=lambda one: (-one[1].lookups, one[1].name))
     shown = chosen[:MOST_CURVES]
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -69,8 +64,9 @@ def draw_plan(planned: Planned, path: Path) -> list[str]:
         frameon=False,
         fontsize=9,
     )
-    _write(figure, path)
-    return [table.name for _, table in shown]
+    picture = BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    return [table.name for _, table in shown], picture.getvalue()
 
 
 def _curve(planned: Planned, number: int) -> Curve:
@@ -94,17 +90,6 @@ def _label(table: TableReport) -> str:
 
 def _besides(rest: int) -> str:
     return f": the {MOST_CURVES} looked up most, of {rest + MOST_CURVES:,}" if rest else ""
-
-
-def _write(figure: Figure, path: Path) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_png(str(part))
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--plot {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 __all__ = ["MOST_CURVES", "draw_plan"]

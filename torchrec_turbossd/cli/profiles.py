@@ -53,10 +53,28 @@ def _load(spec: AccessSpec, rows: int) -> AccessProfile:
 def _read(spec: AccessSpec, rows: int) -> AccessProfile:
     if spec.kind == "profile":
         return AccessProfile.load(spec.path)
-    numbers: npt.NDArray[Any] = np.load(spec.path, mmap_mode="r", allow_pickle=False)
+    numbers = _numbers(spec)
     if spec.kind == "counts":
         return AccessProfile.from_counts(numbers)
     return AccessProfile.from_trace(numbers, rows)
+
+
+def _numbers(spec: AccessSpec) -> npt.NDArray[Any]:
+    """The array of a file, which is not read before it is used."""
+    kinds, wanted = ("iuf", "real numbers") if spec.kind == "counts" else ("iu", "integers")
+    try:
+        numbers = np.load(spec.path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:
+        # NumPy raises what its parsers raise.
+        raise ConfigError(f"it is no .npy file of {wanted}: {error}") from error
+    if not isinstance(numbers, np.ndarray):
+        numbers.close()
+        raise ConfigError(f"it has several arrays, wanted one of {wanted}, as numpy.save writes it")
+    if numbers.dtype.kind not in kinds:
+        raise ConfigError(f"got an array of {numbers.dtype}, wanted {wanted}")
+    return numbers
 
 
 __all__ = ["DEFAULT_SOURCE", "load_profiles", "source_of"]

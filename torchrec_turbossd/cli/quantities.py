@@ -7,9 +7,12 @@ import re
 from collections.abc import Sequence
 
 GIB = 2**30
+_SIZES_END = 2**63
+_SLOWEST, _FASTEST = 1.0, 1e18
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_NUMBER = r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*"
+# Commas only between thousands, and no zero in front, which means octal to some.
+_NUMBER = r"\s*((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9_]*|0)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*"
 _SIZE = re.compile(_NUMBER + r"([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _SPEED = re.compile(_NUMBER + r"([KMGT]?)(i?)B/s\s*", re.IGNORECASE)
 _COUNT = re.compile(_NUMBER)
@@ -19,7 +22,7 @@ def parse_size(given: object) -> int:
     """Bytes of a number, which counts GiB, or of text such as "40 GiB", "80GB" or "512M" ("M" is MiB, as "MiB").
 
     Raises:
-        ValueError: anything else, or less than a byte.
+        ValueError: anything else, less than a byte, or 8 EiB and more.
     """
     if not isinstance(given, str):
         return _whole_bytes(_number(given) * GIB)
@@ -38,17 +41,17 @@ def parse_speed(given: object) -> float:
     """Bytes per second of a number, which counts GB/s, or of text such as "3.35 TB/s" or "600 GiB/s".
 
     Raises:
-        ValueError: anything else, or nothing above 0.
+        ValueError: anything else, or nothing from a byte to 1e18 bytes a second.
     """
     if not isinstance(given, str):
-        return _positive(_number(given) * 1e9)
+        return _between(_number(given) * 1e9)
     if _COUNT.fullmatch(given):
-        return _positive(_digits(given.strip()) * 1e9)
+        return _between(_digits(given.strip()) * 1e9)
     found = _SPEED.fullmatch(given)
     if found is None:
         raise ValueError
     digits, unit, binary = found.groups()
-    return _positive(_digits(digits) * (_BINARY if binary and unit else _UNITS)[unit.upper()])
+    return _between(_digits(digits) * (_BINARY if binary and unit else _UNITS)[unit.upper()])
 
 
 def parse_count(given: object) -> int:
@@ -120,6 +123,7 @@ def _three(value: float) -> str:
 
 
 def _number(given: object) -> float:
+    # isfinite has an OverflowError of its own for the largest integers.
     if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
         raise ValueError
     return given
@@ -131,14 +135,14 @@ def _digits(text: str) -> float:
     return int(bare) if bare.isdigit() else _number(float(bare))
 
 
-def _positive(value: float) -> float:
-    if value <= 0:
+def _between(speed: float) -> float:
+    if not _SLOWEST <= speed <= _FASTEST:
         raise ValueError
-    return float(value)
+    return float(speed)
 
 
 def _whole_bytes(size: float) -> int:
-    if size < 1:
+    if not 1 <= size < _SIZES_END:
         raise ValueError
     return int(size)
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_turbossd.errors import CorruptError, FormatVersionError
+from torchrec_turbossd.sizing.json_file import check_keys, only_corrupt, read_json
 
 FORMAT = "torchrec_turbossd plan"
 FORMAT_VERSION = 1
+
+_SHARES = {"hit_rate", "hit_rate_on_ssd", "slot_share", "reserve"}
+_MAY_BE_BELOW_0 = {"fast_free_bytes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +141,7 @@ class RankReport:
         fast_free_bytes: left over.
         dram_capacity_bytes, dram_used_bytes: DRAM beside HBM; 0 on a CPU topology.
         store_bytes: DRAM that its row stores take at most, which comes on top of all that the plan counts.
+        dram_short_bytes: what is missing for that: beside the tables, and what is kept back for other things is theirs.
         ssd_capacity_bytes, ssd_used_bytes: SSD.
         tables: tables of which it has a part.
         lookups: of one global batch that it answers.
@@ -153,6 +158,7 @@ class RankReport:
     dram_capacity_bytes: int
     dram_used_bytes: int
     store_bytes: int
+    dram_short_bytes: int
     ssd_capacity_bytes: int
     ssd_used_bytes: int
     tables: int
@@ -229,6 +235,7 @@ class PlanReport:
         slowest_rank: which that is.
         ranks, tables: all of them.
         one_more_gib: null where no table on SSD could use it.
+        warnings: why the plan would not do as it is, in sentences; empty where it will.
     """
 
     machine: MachineReport
@@ -243,6 +250,7 @@ class PlanReport:
     ranks: list[RankReport]
     tables: list[TableReport]
     one_more_gib: OneMoreGib | None
+    warnings: list[str]
 
     def to_json(self) -> str:
         """The report as a JSON object with `format` and `version`."""
@@ -258,30 +266,42 @@ def load_report(path: Path) -> PlanReport:
         FormatVersionError: a newer release wrote it.
         CorruptError: anything else than a whole plan.
     """
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        if whole.pop("format") != FORMAT:
-            raise CorruptError(f"{path} is no plan")
-        if whole.pop("version") > FORMAT_VERSION:
-            raise FormatVersionError(f"{path} is of a newer release; this one reads up to {FORMAT_VERSION}: upgrade")
-        report: PlanReport = _restored(PlanReport, whole)
+    whole, _ = read_json(path, format=FORMAT, newest=FORMAT_VERSION)
+    with only_corrupt(path, FORMAT):
+        report: PlanReport = _restored(PlanReport, whole, "it")
+        if report.slowest_rank not in {rank.rank for rank in report.ranks}:
+            raise ValueError(f"there is no rank {report.slowest_rank}, which is said to be the slowest")
         return report
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptError(f"{path} is not a whole plan: {error}") from error
 
 
-def _restored(kind: Any, value: Any) -> Any:
+def _restored(kind: Any, value: Any, place: str) -> Any:
     """A value of a dataclass, a list of them, one or None, or a plain value, from JSON's."""
     if typing.get_origin(kind) is list:
         (inner,) = typing.get_args(kind)
-        return [_restored(inner, one) for one in value]
+        if not isinstance(value, list):
+            raise ValueError(f"{place} is no list")
+        return [_restored(inner, one, place) for one in value]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         inner = next(one for one in typing.get_args(kind) if one is not types.NoneType)
-        return None if value is None else _restored(inner, value)
+        return None if value is None else _restored(inner, value, place)
     if not dataclasses.is_dataclass(kind):
-        return value
+        return _plain(kind, value, place)
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _restored(hints[name], one) for name, one in value.items()})  # type: ignore[operator]
+    check_keys(value, set(hints), place)
+    return kind(**{name: _restored(hints[name], one, name) for name, one in value.items()})  # type: ignore[operator]
+
+
+def _plain(kind: Any, value: Any, place: str) -> Any:
+    """A word, a truth, or a number that is finite and not negative; rates and shares are at most 1."""
+    given = type(value)
+    if given is not kind and not (kind is float and given is int):
+        raise ValueError(f"{place} must be of type {kind.__name__}, got {value!r}")
+    if given in (int, float):
+        most = 1.0 if place in _SHARES else sys.float_info.max
+        least = -sys.float_info.max if place in _MAY_BE_BELOW_0 else 0.0
+        if not least <= value <= most:
+            raise ValueError(f"{place} must be from {least:g} to {most:g}, got {value!r}")
+    return float(value) if kind is float else value
 
 
 __all__ = [

@@ -12,7 +12,8 @@ from torch import nn
 from torchrec_turbossd.cli.document import Entry, read_document
 from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.planner import TURBO_SSD
-from torchrec_turbossd.planner.demand import ROW_STATE
+from torchrec_turbossd.planner.machine import MOST_RANKS_OF_A_HOST
+from torchrec_turbossd.tbe.training_options import ROW_STATE
 
 DEVICES = ("cpu", "cuda")
 DATA_TYPES = ("fp32", "fp16")
@@ -31,6 +32,13 @@ SHARDING_TYPES = (
 DEFAULT_RESERVE = 0.15
 """Share of fast memory that tables may not have, where nothing is said: as much as TorchRec's planner keeps back."""
 
+MOST_RANKS = 4_096
+"""Planning takes time for each."""
+
+MOST_SAMPLES = 2**31
+READS = "reads per second"
+_MOST_ROWS, _MOST_DIM, _MOST_BATCHES = 10**12, 16_384, 1_000
+_MOST_LOOKUPS, _MOST_ALPHA, _MOST_WRITES = 1e9, 100.0, 1e6
 _SIZES = ("hbm", "dram", "ssd")
 _SPEEDS = (
     "hbm_bandwidth",
@@ -165,8 +173,8 @@ def read_spec(path: Path, *, of_model: bool = False) -> PlanSpec:
         hardware=_hardware(found["topology"]) if "topology" in found else Hardware(),
         machine=folder / found["machine"].text("the path of a measured machine") if "machine" in found else None,
         optimizer=_optimizer(found["optimizer"]) if "optimizer" in found else EmbOptimType.EXACT_SGD,
-        batch_size=found["batch_size"].count() if "batch_size" in found else None,
-        batches_in_flight=found["batches_in_flight"].count() if "batches_in_flight" in found else 2,
+        batch_size=found["batch_size"].count(MOST_SAMPLES) if "batch_size" in found else None,
+        batches_in_flight=found["batches_in_flight"].count(_MOST_BATCHES) if "batches_in_flight" in found else 2,
         reserve=_reserve(found["reserve"]) if "reserve" in found else DEFAULT_RESERVE,
     )
 
@@ -190,7 +198,7 @@ def _table(entry: Entry, folder: Path, of_model: bool) -> TableEntry:
     name = found["name"].text("the table's name")
     if "." in name or hasattr(nn.ModuleDict(), name):
         # TorchRec keeps tables in a ModuleDict, by name.
-        found["name"].fail("a name without dots that PyTorch's ModuleDict has no use for itself")
+        found["name"].fail("another name: one without dots, and none of the methods of PyTorch's ModuleDict")
     kind = found["kind"].one_of(KINDS) if "kind" in found else "bag"
     if kind == "sequence" and "pooling" in found:
         raise ConfigError(f"{found['pooling'].where}: a sequence has no pooling, leave it out")
@@ -198,8 +206,8 @@ def _table(entry: Entry, folder: Path, of_model: bool) -> TableEntry:
     return TableEntry(
         name=name,
         where=entry.where,
-        rows=found["rows"].count() if "rows" in found else None,
-        dim=found["dim"].count() if "dim" in found else None,
+        rows=found["rows"].count(_MOST_ROWS) if "rows" in found else None,
+        dim=found["dim"].count(_MOST_DIM) if "dim" in found else None,
         data_type=found["data_type"].one_of(DATA_TYPES) if "data_type" in found else "fp32",
         kind=kind,
         pooling=found["pooling"].one_of(POOLINGS) if "pooling" in found else "sum",
@@ -213,8 +221,8 @@ def _table(entry: Entry, folder: Path, of_model: bool) -> TableEntry:
 def _lookups(entry: Entry, features: tuple[str, ...] | None) -> tuple[float, ...]:
     wanted = "lookups of one sample: a number, or a list of one for each feature"
     if not isinstance(entry.value, list):
-        return (entry.number(wanted),)
-    numbers = tuple(one.number() for one in entry.entries(wanted))
+        return (entry.number(wanted, most=_MOST_LOOKUPS),)
+    numbers = tuple(one.number(most=_MOST_LOOKUPS) for one in entry.entries(wanted))
     if features is not None and len(numbers) != len(features):
         raise ConfigError(f"{entry.where}: got {len(numbers)} numbers, wanted one for each of {len(features)} features")
     return numbers
@@ -227,7 +235,7 @@ def _access(entry: Entry, folder: Path) -> AccessSpec:
         raise ConfigError(f"{entry.where}: got {len(found)} of {', '.join(kinds)}, wanted exactly one")
     ((kind, value),) = found.items()
     if kind == "zipf":
-        return AccessSpec(kind=kind, where=value.where, alpha=value.number("an exponent that is not negative"))
+        return AccessSpec(kind=kind, where=value.where, alpha=value.number("an exponent", most=_MOST_ALPHA))
     return AccessSpec(kind=kind, where=value.where, path=folder / value.text("the path of a file"))
 
 
@@ -236,7 +244,7 @@ def _limits(entry: Entry) -> Limits:
     return Limits(
         compute_kernels=_choices(found["compute_kernels"], KERNELS) if "compute_kernels" in found else None,
         sharding_types=_choices(found["sharding_types"], SHARDING_TYPES) if "sharding_types" in found else None,
-        min_partition=found["min_partition"].count() if "min_partition" in found else None,
+        min_partition=found["min_partition"].count(_MOST_DIM) if "min_partition" in found else None,
         load_factor=_share(found["load_factor"]) if "load_factor" in found else None,
     )
 
@@ -264,19 +272,15 @@ def _hardware(entry: Entry) -> Hardware:
         raise ConfigError(f"{found['hbm'].where}: a cpu has none: its slots are in `dram`")
     said: dict[str, Any] = {name: found[name].size() for name in _SIZES if name in found}
     said |= {name: found[name].speed() for name in _SPEEDS if name in found}
-    said |= {name: found[name].count() for name in ("ranks", "ranks_per_host") if name in found}
+    most = {"ranks": MOST_RANKS, "ranks_per_host": MOST_RANKS_OF_A_HOST}
+    said |= {name: found[name].count(count) for name, count in most.items() if name in found}
     if "ssd_reads_per_second" in found:
-        said["ssd_reads_per_second"] = _above_zero(found["ssd_reads_per_second"])
+        said["ssd_reads_per_second"] = found["ssd_reads_per_second"].number(READS, least=1.0)
     if "ssd_writes_per_read" in found:
-        said["ssd_writes_per_read"] = found["ssd_writes_per_read"].number()
+        said["ssd_writes_per_read"] = found["ssd_writes_per_read"].number(
+            "rows written for each one read", most=_MOST_WRITES
+        )
     return Hardware(device=device, **said)
-
-
-def _above_zero(entry: Entry) -> float:
-    value = entry.number("reads per second, above 0")
-    if value == 0:
-        entry.fail("reads per second, above 0")
-    return value
 
 
 def _optimizer(entry: Entry) -> EmbOptimType:
@@ -293,6 +297,9 @@ def _reserve(entry: Entry) -> float:
     percent = Entry(given, entry.place, entry.file, entry.line).number(wanted)
     if not 0 <= percent < 100:
         entry.fail(wanted)
+    if 0 < percent < 1 and not str(entry.value).strip().endswith("%"):
+        # A share of 1, in all likelihood.
+        entry.fail(f'{wanted}; "{percent:g}%", with its sign, where less than one is meant')
     return percent / 100
 
 
@@ -302,7 +309,10 @@ __all__ = [
     "DEVICES",
     "KERNELS",
     "KINDS",
+    "MOST_RANKS",
+    "MOST_SAMPLES",
     "POOLINGS",
+    "READS",
     "SHARDING_TYPES",
     "AccessSpec",
     "Hardware",

@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from torchrec_turbossd.cli.output import Output
 from torchrec_turbossd.cli.quantities import human_count, human_ms, human_ranks, human_size, human_speed
 from torchrec_turbossd.cli.report import MachineReport, PlanReport, RankReport, TableReport
 from torchrec_turbossd.planner import Machine
@@ -49,6 +50,8 @@ def print_plan(report: PlanReport, *, top: int | None = 20, console: Console | N
     _print_tables(out, report, top)
     for line in _explanations(report):
         _say(out, line)
+    for warning in report.warnings:
+        _say(out, f"Warning: {warning}", style="bold red")
 
 
 def print_measured(machine: Machine, *, console: Console | None = None) -> None:
@@ -241,10 +244,10 @@ def _rich_table(out: Console, title: str, columns: Sequence[_Column[Row]], rows:
 
 def _standard_output() -> Console:
     """Standard output, which says how wide it is only as a terminal or through COLUMNS."""
-    out = Console(markup=False, highlight=False, emoji=False)
+    out = Output(markup=False, highlight=False, emoji=False)
     if out.is_terminal or "COLUMNS" in os.environ:
         return out
-    return Console(markup=False, highlight=False, emoji=False, width=_PLAIN_WIDTH)
+    return Output(markup=False, highlight=False, emoji=False, width=_PLAIN_WIDTH)
 
 
 def _say(out: Console, text: str, style: str = "") -> None:

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,15 @@ import numpy.typing as npt
 from torch import Tensor
 
 from torchrec_turbossd.cache.policies import DEFAULT_POLICY, POLICIES
-from torchrec_turbossd.errors import ConfigError, CorruptError, FormatVersionError, InputError
+from torchrec_turbossd.errors import ConfigError, InputError
+from torchrec_turbossd.sizing.json_file import (
+    INT64_END,
+    check_keys,
+    check_numbers,
+    only_corrupt,
+    read_json,
+    write_whole,
+)
 from torchrec_turbossd.sizing.popularity import popularity
 from torchrec_turbossd.sizing.replay import replayed
 from torchrec_turbossd.sizing.sample import DEFAULT_EVENTS, AccessSample, sample_trace
@@ -32,6 +39,9 @@ that matters.
 
 _FORMAT = "torchrec_turbossd access profile"
 _VERSION = 2
+_MOST_ROWS = 1 << 62
+_FIELDS_OF_1 = {"rows", "sizes", "chances"}
+_FIELDS = _FIELDS_OF_1 | {"lookups", "curves"}
 _LEAST_REPLAYED = 1 << 16
 _EXACT_RANKS = 512
 _GROUP_RATIO = 1.02
@@ -65,7 +75,7 @@ class ReplayedCurve:
     hit_rates: Floats
 
     def __post_init__(self) -> None:
-        slots, rates = np.array(self.slots, dtype=np.int64), np.array(self.hit_rates, dtype=np.float64)
+        slots, rates = _array(self.slots, np.int64, "slots"), _array(self.hit_rates, np.float64, "hit rates")
         if not isinstance(self.policy, str) or slots.ndim != 1 or slots.shape != rates.shape or slots.size == 0:
             raise ConfigError(
                 f"a curve needs a policy and as many slots as hit rates, got {slots.shape}, {rates.shape}"
@@ -105,18 +115,20 @@ class AccessProfile:
 
     def __post_init__(self) -> None:
         _check_rows(self.rows)
-        sizes = np.array(self.sizes, dtype=np.int64)
-        chances = np.array(self.chances, dtype=np.float64)
+        sizes, chances = _array(self.sizes, np.int64, "sizes"), _array(self.chances, np.float64, "chances")
         if sizes.ndim != 1 or sizes.shape != chances.shape or sizes.size == 0:
             raise ConfigError(f"a profile needs equally many sizes and chances, got {sizes.shape}, {chances.shape}")
-        if (sizes < 1).any() or int(sizes.sum()) != self.rows:
-            raise ConfigError(f"group sizes must be positive and add up to {self.rows} rows, got {int(sizes.sum())}")
+        # In Python's integers, which have no end.
+        total = sum(sizes.tolist())
+        if (sizes < 1).any() or total != self.rows:
+            raise ConfigError(f"group sizes must be positive and add up to {self.rows} rows, got {total}")
         falling = bool(np.isfinite(chances).all()) and bool((np.diff(chances) <= 0).all()) and chances[-1] >= 0
         if not falling or not math.isclose(float(sizes @ chances), 1.0, rel_tol=1e-6):
             raise ConfigError("chances must be finite, not negative, not rising, and add up to 1 over all rows")
-        if isinstance(self.lookups, bool) or not isinstance(self.lookups, int) or self.lookups < 0:
-            raise ConfigError(f"lookups must be an int, not negative, got {self.lookups!r}")
-        object.__setattr__(self, "curves", tuple(self.curves))
+        lookups = self.lookups
+        if isinstance(lookups, bool) or not isinstance(lookups, int) or not 0 <= lookups < INT64_END:
+            raise ConfigError(f"lookups must be an int of 64 bits, not negative, got {lookups!r}")
+        object.__setattr__(self, "curves", _checked_curves(self.curves, self.rows))
         sizes.flags.writeable = chances.flags.writeable = False
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "chances", chances)
@@ -149,9 +161,12 @@ class AccessProfile:
         Raises:
             InputError: not 1-D, empty, negative, not finite, or all zero.
         """
-        array = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
-        if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.number):
-            raise InputError(f"counts must be 1-D numbers, one for each row, got {array.ndim}-D {array.dtype}")
+        if isinstance(counts, Tensor):
+            # NumPy lacks bfloat16.
+            counts = (counts.double() if counts.is_floating_point() else counts).detach().cpu().numpy()
+        array = np.asarray(counts)
+        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
+            raise InputError(f"counts must be 1-D real numbers, one for each row, got {array.ndim}-D {array.dtype}")
         values, sizes = np.unique(array, return_counts=True)
         values = values.astype(np.float64)
         if not np.isfinite(values).all() or values[0] < 0 or values[-1] <= 0:
@@ -238,7 +253,6 @@ class AccessProfile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to `path` as JSON, whole or not at all."""
-        target = Path(path)
         whole = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -251,9 +265,7 @@ class AccessProfile:
                 for curve in self.curves
             ],
         }
-        part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        part.write_text(json.dumps(whole))
-        part.replace(target)
+        write_whole(path, json.dumps(whole).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AccessProfile:
@@ -264,18 +276,13 @@ class AccessProfile:
             FormatVersionError: a newer release wrote it.
             CorruptError: anything else than a whole profile.
         """
-        try:
-            whole = json.loads(Path(path).read_text())
-            if whole["format"] != _FORMAT:
-                raise CorruptError(f"{path} is not an access profile: its format is {whole['format']!r}")
-            if whole["version"] > _VERSION:
-                raise FormatVersionError(
-                    f"{path} has version {whole['version']}; this release reads up to {_VERSION}: upgrade"
-                )
-            curves = tuple(ReplayedCurve(**curve) for curve in whole.get("curves", ()))
-            return cls(whole["rows"], whole["sizes"], whole["chances"], curves, whole.get("lookups", 0))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptError(f"{path} is not a whole access profile: {error}") from error
+        whole, version = read_json(path, format=_FORMAT, newest=_VERSION)
+        with only_corrupt(path, _FORMAT):
+            check_keys(whole, _FIELDS if version > 1 else _FIELDS_OF_1, "it")
+            check_numbers(whole["sizes"], "sizes", whole=True)
+            check_numbers(whole["chances"], "chances", whole=False)
+            curves = tuple(_curve(curve) for curve in _list(whole.pop("curves", [])))
+            return cls(**whole, curves=curves)
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         return zip(self.sizes.tolist(), self.chances.tolist(), strict=True)
@@ -294,8 +301,43 @@ class AccessProfile:
 
 
 def _check_rows(rows: int) -> None:
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ConfigError(f"rows must be a positive int, got {rows!r}")
+    if isinstance(rows, bool) or not isinstance(rows, int) or not 1 <= rows <= _MOST_ROWS:
+        raise ConfigError(f"rows must be a positive int up to 2**62, got {rows!r}")
+
+
+def _array(values: npt.ArrayLike, dtype: type[np.generic], what: str) -> npt.NDArray[Any]:
+    """A copy; integers that are none, or too large, are not made to fit."""
+    given = np.asarray(values)
+    whole = np.issubdtype(dtype, np.integer)
+    if given.size and (given.dtype.kind not in ("iu" if whole else "iuf") or (whole and given.max() >= INT64_END)):
+        raise ConfigError(f"{what} must be {'whole ' if whole else ''}numbers of 64 bits, got {given.dtype}")
+    return np.array(given, dtype=dtype)
+
+
+def _checked_curves(curves: Sequence[ReplayedCurve], rows: int) -> tuple[ReplayedCurve, ...]:
+    policies = [curve.policy for curve in curves]
+    if len(set(policies)) < len(policies):
+        raise ConfigError(f"a profile has one curve for a policy at most, got {', '.join(policies)}")
+    for curve in curves:
+        if int(curve.slots[-1]) > rows:
+            raise ConfigError(f"a curve of {rows:,} rows cannot have {int(curve.slots[-1]):,} slots")
+    return tuple(curves)
+
+
+def _list(found: object) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError("curves must be a list")
+    return found
+
+
+def _curve(whole: dict[str, Any]) -> ReplayedCurve:
+    """From a file."""
+    check_keys(whole, {"policy", "slots", "hit_rates"}, "a curve")
+    if whole["policy"] not in POLICIES:
+        raise ValueError(f"a curve has no eviction policy {whole['policy']!r}; the policies are {', '.join(POLICIES)}")
+    check_numbers(whole["slots"], "slots", whole=True)
+    check_numbers(whole["hit_rates"], "hit_rates", whole=False)
+    return ReplayedCurve(**whole)
 
 
 def _rank_ends(count: int) -> Ints:
