@@ -37,7 +37,9 @@ def _compare(
     wanted = train(reference, rank, range(STEPS))
     rows, state = local_rows(reference.state_dict()), optimizer_rows(reference)
     seen: dict[str, Any] = {}
-    for label, slots in CACHES.items():
+    # Many processes on few cores are slow; the smallest cache is the one in which all can go wrong.
+    only_smallest = world > 2 or (world == 2 and made is SequenceModel)
+    for label, slots in list(CACHES.items())[: 1 if only_smallest else None]:
         dmp = make_dmp(world, sharding, optimizer, directory / label.replace(" ", "-"), slots, made())
         got = train(dmp, rank, range(STEPS))
         if not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):

@@ -114,4 +114,4 @@ def test_no_kill_loses_or_tears_an_update(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_no_kill_of_many_loses_or_tears_an_update(tmp_path: Path) -> None:
-    kill_often(tmp_path / "a", int(os.environ.get("TURBOSSD_KILLS", "20")), seed=2)
+    kill_often(tmp_path / "a", int(os.environ.get("TURBOSSD_KILLS", "10")), seed=2)
