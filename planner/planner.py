@@ -26,7 +26,7 @@ from torchrec.distributed.planner.types import (
     Topology,
 )
 from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 
 from torchrec_turbossd.errors import BudgetError, ConfigError
 from torchrec_turbossd.planner.access import Access
@@ -69,7 +69,8 @@ def turbo_ssd_planner(
 
     Without `sharding_types`, tables on SSD are planned in every way that their sharder offers but GRID_SHARD, which
     TorchRec keeps for tables that ask for it. Column shards each read their part of a row from SSD, so that they cost
-    more reads than whole rows, and are chosen where that is the quickest plan that fits nevertheless.
+    more reads than whole rows, and are chosen where that is the quickest plan that fits nevertheless. No table is copied
+    to every rank (DATA_PARALLEL) unless it asks: copies are trained by the dense optimizer, not by the fused one.
 
     Args:
         topology: capacities of each rank; `ssd_cap` are bytes of a rank's disk, 2 TiB unless given.
@@ -245,9 +246,20 @@ class _Enumerator(EmbeddingEnumerator):
             if "No available sharding type" not in str(error):
                 raise
             raise ConfigError(f"{str(error).rstrip('. ')}. {_offers(sharders, self._compute_device)}") from error
-        order = {name: n for n, name in enumerate(dict.fromkeys(option.fqn for option in options))}
+        names = dict.fromkeys(option.fqn for option in options)
+        wanted = [option for option in options if self._is_wanted(option)]
+        others = {option.fqn for option in wanted}
+        options = [*wanted, *(option for option in options if option.fqn not in others)]
+        order = {name: n for n, name in enumerate(names)}
         kept = distinct(sorted(options, key=lambda o: (order[o.fqn], *taste(o))))
         return [PlannedOption.of(option) for option in kept]
+
+    def _is_wanted(self, option: ShardingOption) -> bool:
+        """Copies on every rank are trained by another optimizer than all other tables, so nobody gets them unasked."""
+        if option.sharding_type != ShardingType.DATA_PARALLEL.value:
+            return True
+        given = (self._constraints or {}).get(option.name)
+        return given is not None and option.sharding_type in (given.sharding_types or ())
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Set storage and perf of every shard."""

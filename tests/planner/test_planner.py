@@ -233,6 +233,20 @@ def test_data_parallel_tables_are_described() -> None:
     assert [row.rows for row in describe_plan(plan)] == [None, None]
 
 
+def test_no_table_is_copied_to_every_rank_unasked() -> None:
+    model, where = Model(BIG, ("tiny", 5, 4), ("dense", 5, 4)), topology("cuda", ranks=8)
+    kinds: dict[str, set[str]] = {}
+    constraints = {
+        "tiny": ParameterConstraints(sharding_types=["data_parallel", "table_wise"]),
+        "dense": ParameterConstraints(compute_kernels=["dense"]),
+    }
+    for option in planner(where, constraints=constraints)._enumerator.enumerate(model, sharders()):
+        kinds.setdefault(option.name, set()).add(option.sharding_type)
+    assert "data_parallel" not in kinds["big"] and "data_parallel" in kinds["tiny"] & kinds["dense"]
+    for option in planner(where)._enumerator.enumerate(model, sharders()):
+        assert option.sharding_type != "data_parallel"
+
+
 def test_copies_beside_tables_on_gpus_are_there_too() -> None:
     model = Model(BIG, SMALL)
     constraints = {"small": ParameterConstraints(sharding_types=["data_parallel"])}
@@ -246,7 +260,6 @@ def test_options_are_listed_in_memory_first() -> None:
     kinds = [
         ("fused", "table_wise"),
         ("fused", "row_wise"),
-        ("dense", "data_parallel"),
         (TURBO_SSD, "table_wise"),
         (TURBO_SSD, "row_wise"),
     ]
