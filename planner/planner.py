@@ -69,8 +69,8 @@ def turbo_ssd_planner(
 
     Without `sharding_types`, tables on SSD are planned in every way that their sharder offers but GRID_SHARD, which
     TorchRec keeps for tables that ask for it. Column shards each read their part of a row from SSD, so that they cost
-    more reads than whole rows, and are chosen where that is the quickest plan that fits nevertheless. No table is copied
-    to every rank (DATA_PARALLEL) unless it asks: copies are trained by the dense optimizer, not by the fused one.
+    more reads than whole rows, and are chosen where that is the quickest plan that fits nevertheless. No table is
+    copied to every rank (DATA_PARALLEL) unless it asks: copies are trained by the dense optimizer, not the fused one.
 
     Args:
         topology: capacities of each rank; `ssd_cap` are bytes of a rank's disk, 2 TiB unless given.
