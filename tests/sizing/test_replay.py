@@ -15,7 +15,7 @@ from torchrec_turbossd.errors import ConfigError
 from torchrec_turbossd.sizing import AccessProfile, HitRateCurve
 from torchrec_turbossd.sizing.sample import Ints
 
-ROWS, LOOKUPS, BATCH = 20_000, 300_000, 100
+ROWS, LOOKUPS, BATCH = 20_000, 280_000, 200
 SHARES = (0.01, 0.05, 0.1, 0.25)
 
 
@@ -80,7 +80,7 @@ def test_popularity_alone_would_not_know_about_sessions() -> None:
 
 def test_a_policy_is_replayed_by_name() -> None:
     trace = zipf(LOOKUPS // 4, seed=9)
-    profile = AccessProfile.from_trace(trace, ROWS, batch=16, policies=("lru", "sieve"))
+    profile = AccessProfile.from_trace(trace, ROWS, batch=32, policies=("lru", "sieve"))
     assert [curve.policy for curve in profile.curves] == ["lru", "sieve"]
     assert HitRateCurve(profile, "lru").hit_rate(1000) == pytest.approx(lru_hit_rate(trace.tolist(), 1000), abs=0.01)
     # SIEVE has no formula, but this trace was replayed with it.
