@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def on_ssd(params: dict[str, ParameterSharding], share: float) -> dict[str, Para
     return plan
 
 
-class _OnSSD:
+class _OnSSD(ABC):
     """Before one of TorchRec's sharders: asks `stock` what the planner may do, but for kernels that need CUDA."""
 
     _stock: Any
@@ -84,8 +85,9 @@ class _OnSSD:
         ours = self._make(directory, _trainable(fused), self._stock.qcomm_codecs_registry)
         return ours.shard(module, plan, env, device, module_fqn)
 
+    @abstractmethod
     def _make(self, directory: str, fused_params: Any, codecs: Any) -> Any:
-        raise NotImplementedError
+        """The package's sharder, with its rows in a directory."""
 
 
 def _trainable(fused_params: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,3 +72,17 @@ def planner(
     """A planner that may use all of the memory."""
     kwargs.setdefault("storage_reservation", FixedPercentageStorageReservation(0.0))
     return turbo_ssd_planner(where, batch_size, constraints, **kwargs)
+
+
+def printed_under_hash_seeds(program: str, *seeds: str) -> set[str]:
+    """What a program prints in a process of its own under each hash seed."""
+    return {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in seeds
+    }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ from torchrec.distributed.planner.proposers import UniformProposer
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption, Storage
 from torchrec.distributed.types import CacheParams, ShardingPlan
 
-from tests.planner.models import GB, MB, Model, planner, sharders, topology
+from tests.planner.models import GB, MB, Model, planner, printed_under_hash_seeds, sharders, topology
 from tests.ranks import run_ranks
 from torchrec_turbossd.errors import BudgetError, ConfigError
 from torchrec_turbossd.planner import (
@@ -278,16 +275,7 @@ print(describe_plan(planner(topology("cuda", 2, 400_000_000)).plan(model, sharde
 
 @pytest.mark.slow
 def test_every_run_makes_the_same_plan() -> None:
-    printed = {
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2", "3")
-    }
+    printed = printed_under_hash_seeds(PROGRAM, "1", "2", "3")
     assert len(printed) == 1 and "SSD" in printed.pop()
 
 

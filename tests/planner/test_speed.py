@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +16,7 @@ from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption, Topology
 from torchrec.distributed.planner.utils import reset_shard_rank
 
-from tests.planner.models import GB, MB, Model, planner, sharders, topology
+from tests.planner.models import GB, MB, Model, planner, printed_under_hash_seeds, sharders, topology
 from torchrec_turbossd.errors import BudgetError
 from torchrec_turbossd.planner import TURBO_SSD, TurboSSDPlanner
 from torchrec_turbossd.planner.greedy import ThinGreedyProposer, _search
@@ -340,16 +337,7 @@ print(made._num_proposals, sorted((n, s.compute_kernel, s.sharding_type, s.ranks
 
 @pytest.mark.slow
 def test_every_run_tries_the_same() -> None:
-    said = {
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
+    said = printed_under_hash_seeds(PROGRAM, "1", "2")
     assert len(said) == 1 and TURBO_SSD in said.pop()
 
 
