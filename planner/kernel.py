@@ -5,7 +5,8 @@ The name is TorchRec's own extension point, so that nothing of TorchRec is patch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,14 +23,15 @@ KEY_VALUE: str = EmbeddingComputeKernel.KEY_VALUE.value
 
 PLAN_VERSION = 1
 HBM_DEVICES = ("cuda", "mtia")
+_OF_SHARDS = ("slots", "row_bytes", "hit_rates", "dram_slots", "dram_hit_rates")
 
 
 @dataclass
 class TurboCacheParams(CacheParams):
     """TorchRec's cache parameters of one table, with sizes for each of its shards.
 
-    `slots`, `row_bytes` and `hit_rates` are parallel to `sharding_spec.shards`. Pickles, deep-copies and compares by
-    value; the hash is kept until a field changes, and never pickled, since another process hashes otherwise.
+    The tuples are parallel to `sharding_spec.shards`. Pickles, deep-copies and compares by value; the hash is kept
+    until a field changes, and never pickled, since another process hashes otherwise.
 
     Attributes:
         slots: usable slots of each shard, at most its rows (slot 0 comes on top).
@@ -37,6 +39,9 @@ class TurboCacheParams(CacheParams):
         hit_rates: predicted share of lookups whose row is in a slot, per lookup, of each shard; may be left out.
         fixed: the user's `load_factor` set the slots, so that no leftover memory is added.
         version: layout of these fields.
+        dram_slots: rows of each shard that the DRAM tier of a GPU keeps besides its slots, 0 for none; left out where
+            the plan does not say.
+        dram_hit_rates: predicted share of lookups whose row is in that tier, of each shard; left out likewise.
 
     Raises:
         ConfigError: tuples that are given differ in length.
@@ -47,9 +52,12 @@ class TurboCacheParams(CacheParams):
     hit_rates: tuple[float, ...] = ()
     fixed: bool = False
     version: int = PLAN_VERSION
+    dram_slots: tuple[int, ...] = ()
+    dram_hit_rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, values in (("row_bytes", self.row_bytes), ("hit_rates", self.hit_rates)):
+        for name in _OF_SHARDS[1:]:
+            values = getattr(self, name)
             if values and len(values) != len(self.slots):
                 raise ConfigError(
                     f"{name} needs one entry for each shard as slots has, got {len(values)} and {len(self.slots)}"
@@ -62,8 +70,7 @@ class TurboCacheParams(CacheParams):
     def __hash__(self) -> int:
         known: int | None = self.__dict__.get("_hash")
         if known is None:
-            ours = (self.slots, self.row_bytes, self.hit_rates, self.fixed, self.version)
-            known = self.__dict__["_hash"] = hash((CacheParams.__hash__(self), ours))
+            known = self.__dict__["_hash"] = hash((CacheParams.__hash__(self), self._ours()))
         return known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +81,16 @@ class TurboCacheParams(CacheParams):
         # Earlier versions have no such method to extend.
         stock = getattr(super(), "stable_fingerprint", None)
         base = stock() if stock else ("cache_params", 0, str(self.algorithm), self.load_factor)
-        return (*base, "turbo_ssd", self.version, self.slots, self.row_bytes, self.hit_rates, self.fixed)
+        return (*base, "turbo_ssd", *self._ours())
+
+    def _ours(self) -> tuple[object, ...]:
+        return (self.version, self.fixed, *(getattr(self, name) for name in _OF_SHARDS))
+
+    def of_shards(self, numbers: Sequence[int]) -> TurboCacheParams:
+        """The same for these shards, in this order."""
+        known = {name: values for name in _OF_SHARDS if (values := getattr(self, name))}
+        kept: dict[str, Any] = {name: tuple(values[n] for n in numbers) for name, values in known.items()}
+        return replace(self, **kept)
 
 
 def slots_of(sharding: ParameterSharding) -> tuple[int, ...] | None:
@@ -83,6 +99,21 @@ def slots_of(sharding: ParameterSharding) -> tuple[int, ...] | None:
     Raises:
         UnsupportedError: a newer release made the plan.
     """
+    params = _planned(sharding)
+    return params.slots if params is not None else None
+
+
+def dram_slots_of(sharding: ParameterSharding) -> tuple[int, ...] | None:
+    """Rows of each shard of a planned table that the DRAM tier of a GPU keeps; None where the plan does not say.
+
+    Raises:
+        UnsupportedError: as `slots_of`.
+    """
+    params = _planned(sharding)
+    return (params.dram_slots or None) if params is not None else None
+
+
+def _planned(sharding: ParameterSharding) -> TurboCacheParams | None:
     params = sharding.cache_params
     if not isinstance(params, TurboCacheParams) or not params.slots:
         return None
@@ -91,7 +122,7 @@ def slots_of(sharding: ParameterSharding) -> tuple[int, ...] | None:
             f"the plan has layout version {params.version}, this release reads up to {PLAN_VERSION}: upgrade, or plan "
             "again"
         )
-    return params.slots
+    return params
 
 
 def offered_on_ssd(sharder: ModuleSharder[nn.Module], compute_device: str) -> list[str]:
@@ -105,4 +136,13 @@ def fast_memory(compute_device: str) -> str:
     return "hbm" if compute_device in HBM_DEVICES else "ddr"
 
 
-__all__ = ["KEY_VALUE", "PLAN_VERSION", "TURBO_SSD", "TurboCacheParams", "fast_memory", "offered_on_ssd", "slots_of"]
+__all__ = [
+    "KEY_VALUE",
+    "PLAN_VERSION",
+    "TURBO_SSD",
+    "TurboCacheParams",
+    "dram_slots_of",
+    "fast_memory",
+    "offered_on_ssd",
+    "slots_of",
+]

@@ -20,7 +20,7 @@ from torchrec.distributed.planner.types import (
 from torchrec_turbossd.planner.demand import Demand
 from torchrec_turbossd.planner.kernel import HBM_DEVICES, TURBO_SSD, TurboCacheParams
 from torchrec_turbossd.planner.space import PERF, facts_of
-from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES, SsdSpeed
+from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES, MissPrice, SsdSpeed
 
 REMAP_COST = 1.3
 """Time of a lookup whose rows are all in slots, in lookups of a stock table in memory."""
@@ -60,7 +60,8 @@ class TurboSSDPerfConfig(EmbeddingPerfEstimatorConfig):
 class TurboSSDPerfEstimator(ShardEstimator):
     """TorchRec's estimates, with the misses of rows that are not in slots as `prefetch_compute`, in ms a batch.
 
-    A miss costs what the SSD takes for it, `SsdSpeed.miss_ms`: a read, and at least a block of bytes. Misses add up
+    A miss costs what the SSD takes for it, `SsdSpeed.miss_ms`: a read, and at least a block of bytes; one that the DRAM
+    tier of a GPU answers, its bytes on the link to the host (`topology.hbm_to_ddr_mem_bw`) instead. Misses add up
     over the tables of a rank, which errs on the slow side where some want for reads and others for bytes. Only the
     lookup pays for misses; its gradient finds the rows in slots. Each column shard reads its part of a row by itself,
     so that columns narrower than a block cost as many reads as whole rows, in every shard. Rows that misses push out of
@@ -83,7 +84,7 @@ class TurboSSDPerfEstimator(ShardEstimator):
         demand: Demand,
         ssd: SsdSpeed | None = None,
     ) -> None:
-        self._demand, self._ssd = demand, ssd or SsdSpeed.of(topology)
+        self._demand, self._price = demand, MissPrice.of(topology, ssd)
         self._stock = EmbeddingPerfEstimatorFactory.create_with_config(
             TurboSSDPerfConfig(), topology=topology, constraints=dict(constraints or {})
         )
@@ -95,9 +96,15 @@ class TurboSSDPerfEstimator(ShardEstimator):
             params = option.cache_params
             if option.compute_kernel != TURBO_SSD or not isinstance(params, TurboCacheParams):
                 continue
-            for shard, rate, size in zip(option.shards, params.hit_rates, params.row_bytes, strict=True):
-                misses = self._demand.lookups(option, shard) * (1.0 - rate)
-                wait = shard.perf.prefetch_compute + misses * self._ssd.miss_ms(size)
+            for shard, size, rate, dram in zip(
+                option.shards,
+                params.row_bytes,
+                params.hit_rates,
+                params.dram_hit_rates or [0.0] * len(option.shards),
+                strict=True,
+            ):
+                misses = self._price.ms(self._demand.lookups(option, shard), size, rate, dram)
+                wait = shard.perf.prefetch_compute + misses
                 shard.perf = dataclasses.replace(shard.perf, prefetch_compute=wait)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 
 from torchrec_turbossd.errors import BudgetError, ConfigError
 from torchrec_turbossd.planner.access import Access
-from torchrec_turbossd.planner.budget import share_leftover
+from torchrec_turbossd.planner.budget import Terms, share_leftover
 from torchrec_turbossd.planner.demand import Demand, check_constraints
 from torchrec_turbossd.planner.greedy import ThinGreedyProposer
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, fast_memory, offered_on_ssd
@@ -40,8 +40,9 @@ from torchrec_turbossd.planner.perf import TurboSSDPerfEstimator, TurboSSDPerfMo
 from torchrec_turbossd.planner.proposer import OffloadProposer, distinct, taste
 from torchrec_turbossd.planner.shortfall import explain_shortfall
 from torchrec_turbossd.planner.space import PlannedOption, estimate_by_size
-from torchrec_turbossd.planner.ssd import SsdSpeed
+from torchrec_turbossd.planner.ssd import MissPrice, SsdSpeed
 from torchrec_turbossd.planner.storage import TurboSSDStorageEstimator
+from torchrec_turbossd.sizing.memory import has_dram_tier
 from torchrec_turbossd.sizing.profile import AccessProfile
 
 _NO_ROOM = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS, PlannerErrorType.PARTITION)
@@ -60,12 +61,13 @@ def turbo_ssd_planner(
     **kwargs: Any,
 ) -> TurboSSDPlanner:
     """An `EmbeddingShardingPlanner` that keeps tables in fast memory (HBM; DRAM on a CPU topology) while they fit,
-    moves the ones least asked for by byte to SSD, and shares what memory is left among their caches.
+    moves the ones least asked for by byte to SSD, and shares what memory is left among their caches, on a GPU DRAM too.
 
     Sharders must offer the `TURBO_SSD` kernel. A table's own `ParameterConstraints` are honoured: `compute_kernels`
     (where TorchRec's own name for tables on SSD, "key_value", means `TURBO_SSD`), `sharding_types` and
     `min_partition`, `cache_params.load_factor` (the share of its rows that get slots, then neither more nor less),
-    `cache_params.stats` (its hit rates, instead of a profile).
+    `cache_params.stats` (its hit rates, instead of a profile), `key_value_params.l2_cache_size` (on a GPU the GB of its
+    DRAM tier on a rank, then neither more nor less).
 
     Without `sharding_types`, tables on SSD are planned in every way that their sharder offers but GRID_SHARD, which
     TorchRec keeps for tables that ask for it. Column shards each read their part of a row from SSD, so that they cost
@@ -84,8 +86,7 @@ def turbo_ssd_planner(
             `callbacks` come after the caches are sized.
 
     Raises:
-        BudgetError: a capacity that is negative, or no fast memory at all; from `plan`: nothing fits.
-        ConfigError: another argument that makes no sense.
+        BudgetError: a capacity that is negative or 0; from `plan`: nothing fits. ConfigError: other faults.
     """
     for what, value in (("batch_size", batch_size), ("batches_in_flight", batches_in_flight)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -124,14 +125,17 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
         ssd: SsdSpeed,
         **kwargs: Any,
     ) -> None:
-        self._demand, self._access, self._ssd = demand, access, ssd
+        self._demand, self._access = demand, access
+        self._terms = Terms(
+            compute_device=topology.compute_device, demand=demand, access=access, price=MissPrice.of(topology, ssd)
+        )
+        self._outlook = Outlook(self._terms)
         proposers = kwargs.pop("proposer", None) or [
             GridSearchProposer(),
             ThinGreedyProposer(self._free),
             ThinGreedyProposer(self._free, use_depth=False),
             UniformProposer(),
         ]
-        self._outlook = Outlook(topology.compute_device, demand=demand, access=access, ssd=ssd)
         callbacks: list[Callback] = [self._share_leftover, *(kwargs.pop("callbacks", None) or [])]
         super().__init__(
             topology=topology,
@@ -165,6 +169,8 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
             ConfigError: constraints that leave a table no option, or a profile of another number of rows.
             UnknownTableError: a profile of a table that the model lacks.
         """
+        self._terms = dataclasses.replace(self._terms, dram_budget=_dram_budget(sharders))
+        self._outlook = Outlook(self._terms)
         try:
             plan = super().plan(module, sharders)
         except PlannerError as error:
@@ -206,14 +212,7 @@ class TurboSSDPlanner(EmbeddingShardingPlanner):
         for shard in (shard for option in plan for shard in option.shards):
             # Estimates are shared until here; whoever comes now may change those of one shard.
             shard.storage, shard.perf = dataclasses.replace(shard.storage), dataclasses.replace(shard.perf)
-        return share_leftover(
-            plan,
-            self._available(),
-            self._topology.compute_device,
-            demand=self._demand,
-            access=self._access,
-            ssd=self._ssd,
-        )
+        return share_leftover(plan, self._available(), self._terms)
 
     def _saved(self, plan: list[ShardingOption]) -> npt.NDArray[np.float64]:
         return self._outlook.saved(plan, self._available())
@@ -275,6 +274,18 @@ def _offers(sharders: list[ModuleSharder[nn.Module]], compute_device: str) -> st
     )
 
 
+def _dram_budget(sharders: Iterable[ModuleSharder[nn.Module]]) -> int | None:
+    """Bytes of a rank for the DRAM tier, as the sharders of a model say."""
+    every = [getattr(sharder, "dram_budget_gb", None) for sharder in sharders]
+    said = {float(budget) for budget in every if budget is not None}
+    if len(said) > 1:
+        raise ConfigError(
+            f"the sharders' dram_budget_gb is a rank's, for all of its tables, but they differ: {sorted(said)}; give "
+            "all the same"
+        )
+    return int(said.pop() * 2**30) if said else None
+
+
 def _on_turbo_ssd(constraints: ParameterConstraints) -> ParameterConstraints:
     """Constraints with our kernel where they say KEY_VALUE."""
     names = [TURBO_SSD if name == KEY_VALUE else name for name in constraints.compute_kernels or []]
@@ -293,8 +304,9 @@ def _check_topology(topology: Topology) -> None:
                 f"rank {device.rank}: {fast}_cap is 0 on a {topology.compute_device!r} topology; tables on SSD need "
                 "slots there too"
             )
-    if not topology.ssd_mem_bw > 0:
-        raise ConfigError(f"ssd_mem_bw must be above 0 bytes a ms, got {topology.ssd_mem_bw}")
+    for name in ("ssd_mem_bw", *(["hbm_to_ddr_mem_bw"] if has_dram_tier(topology.compute_device) else [])):
+        if not getattr(topology, name) > 0:
+            raise ConfigError(f"{name} must be above 0 bytes a ms, got {getattr(topology, name)}")
 
 
 __all__ = ["TurboSSDPlanner", "turbo_ssd_planner"]

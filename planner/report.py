@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,8 @@ from torchrec.distributed.types import ModuleSharder, ParameterSharding, Shardin
 from torchrec_turbossd.planner.demand import row_bytes
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, TurboCacheParams, slots_of
 from torchrec_turbossd.planner.shortfall import human
-from torchrec_turbossd.planner.storage import store_options
-from torchrec_turbossd.sizing.memory import shard_fast_bytes, shard_host_bytes, store_bytes
-from torchrec_turbossd.store.rocks_options import RocksOptions
+from torchrec_turbossd.planner.stores import StoreTally
+from torchrec_turbossd.sizing.memory import has_dram_tier, shard_fast_bytes, shard_host_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,9 @@ class PlanRow:
         ssd_bytes: SSD it takes when every row has been written.
         hit_rate: predicted share of lookups, repeated ones included, whose row is in fast memory.
         host_bytes: host memory it takes beside its fast memory, batches and the row store left out.
+        dram_slots: its rows of the DRAM tier of a GPU, besides those in slots; None where there is no such tier, or
+            the plan does not say.
+        dram_hit_rate: predicted share of lookups whose row is there; None likewise.
     """
 
     module: str
@@ -55,6 +57,8 @@ class PlanRow:
     ssd_bytes: int
     hit_rate: float | None
     host_bytes: int = 0
+    dram_slots: int | None = None
+    dram_hit_rate: float | None = None
 
 
 def describe_plan(
@@ -85,39 +89,41 @@ def _on_gpus(plan: ShardingPlan) -> bool:
 
 def format_plan(rows: Iterable[PlanRow]) -> str:
     """The rows as a text table; a column shard's columns are followed by those of the table that they are."""
-    head = (
-        "table",
-        "rank",
-        "tier",
-        "sharding",
-        "rows x cols",
-        "slots",
-        "fast memory",
-        "host memory",
-        "SSD",
-        "hit rate",
-    )
-    cells = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[n]) for line in cells) for n in range(len(head))]
+    every = list(rows)
+    tier = any(row.dram_slots is not None for row in every)
+    lines = [[name for name, _ in _columns(tier)], *([cell(row) for _, cell in _columns(tier)] for row in every)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
-def _cells(row: PlanRow) -> tuple[str, ...]:
-    on_ssd = row.tier == "SSD"
-    return (
-        f"{row.module}.{row.table}" if row.module else row.table,
-        str(row.rank),
-        row.tier,
-        row.sharding_type,
-        _extent(row),
-        ("-" if on_ssd else "all") if row.slots is None else f"{row.slots:,}",
-        "-" if row.fast_bytes is None else human(row.fast_bytes),
-        human(row.host_bytes) if row.host_bytes else "-",
-        human(row.ssd_bytes) if row.ssd_bytes else "-",
-        "-" if row.hit_rate is None else f"{row.hit_rate:.1%}",
-    )
+def _columns(tier: bool) -> list[tuple[str, Callable[[PlanRow], str]]]:
+    """Heads and cells; the DRAM tier has columns where there is one."""
+    columns: list[tuple[str, Callable[[PlanRow], str]]] = [
+        ("table", lambda row: f"{row.module}.{row.table}" if row.module else row.table),
+        ("rank", lambda row: str(row.rank)),
+        ("tier", lambda row: row.tier),
+        ("sharding", lambda row: row.sharding_type),
+        ("rows x cols", _extent),
+        ("slots", lambda row: _count(row.slots, "-" if row.tier == "SSD" else "all")),
+        ("fast memory", lambda row: "-" if row.fast_bytes is None else human(row.fast_bytes)),
+        ("host memory", lambda row: human(row.host_bytes) if row.host_bytes else "-"),
+        ("SSD", lambda row: human(row.ssd_bytes) if row.ssd_bytes else "-"),
+        ("hit rate", lambda row: _percent(row.hit_rate)),
+    ]
+    if tier:
+        columns.insert(6, ("rows in DRAM", lambda row: _count(row.dram_slots or None, "-")))
+        columns.append(("from DRAM", lambda row: _percent(row.dram_hit_rate)))
+    return columns
+
+
+def _count(count: int | None, none: str) -> str:
+    return none if count is None else f"{count:,}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _extent(row: PlanRow) -> str:
@@ -164,6 +170,8 @@ def _rows(
             ssd_bytes=cache.ssd_bytes,
             hit_rate=cache.hit_rate,
             host_bytes=cache.host_bytes,
+            dram_slots=cache.dram_slots,
+            dram_hit_rate=cache.dram_hit_rate,
         )
 
 
@@ -176,22 +184,29 @@ class _Cache:
     host_bytes: int = 0
     ssd_bytes: int = 0
     hit_rate: float | None = None
+    dram_slots: int | None = None
+    dram_hit_rate: float | None = None
 
 
 def _cache(sharding: ParameterSharding, number: int, place: _Place) -> _Cache:
     slots, params = slots_of(sharding), sharding.cache_params
     if slots is None or not isinstance(params, TurboCacheParams) or place.size is None:
         return _Cache()
-    rate = params.hit_rates[number] if params.hit_rates else None
-    if not params.row_bytes:
-        return _Cache(slots=slots[number], hit_rate=rate)
-    rows, size, device = place.size[0], params.row_bytes[number], place.device or "cpu"
-    return _Cache(
+    tier = params.dram_slots[number] if params.dram_slots else None
+    said = _Cache(
         slots=slots[number],
+        hit_rate=params.hit_rates[number] if params.hit_rates else None,
+        dram_slots=tier,
+        dram_hit_rate=params.dram_hit_rates[number] if params.dram_hit_rates else None,
+    )
+    if not params.row_bytes:
+        return said
+    rows, size, device = place.size[0], params.row_bytes[number], place.device or "cpu"
+    return dataclasses.replace(
+        said,
         fast_bytes=shard_fast_bytes(slots[number], rows, size, device),
-        host_bytes=shard_host_bytes(slots[number], rows, device),
+        host_bytes=shard_host_bytes(rows, size, device, (tier or 0) if has_dram_tier(device) else 0),
         ssd_bytes=rows * size,
-        hit_rate=rate,
     )
 
 
@@ -201,21 +216,17 @@ def planned_store_bytes(plan: ShardingPlan) -> dict[int, int]:
     It comes on top of the plan's `Storage`, in which it has no part: a store is its rank's, whatever tables are there.
     Each module has one for each SSD directory that its tables name; memory settings of `KeyValueParams` count.
     """
-    found: dict[int, int] = {}
-    for module_plan in plan.plan.values():
-        stores: dict[tuple[int, str | None], tuple[RocksOptions, int, int]] = {}
-        for sharding in module_plan.values():
-            if sharding.compute_kernel not in (TURBO_SSD, KEY_VALUE):
-                continue
-            given = sharding.key_value_params
-            for place in _places(sharding, None):
-                key = place.rank, given.ssd_storage_directory if given is not None else None
-                options, shards, rows = stores.get(key, (RocksOptions(), 0, 0))
-                more = place.size[0] if place.size is not None else 0
-                stores[key] = store_options(options, given), shards + 1, rows + more
-        for (rank, _), (options, shards, rows) in stores.items():
-            found[rank] = found.get(rank, 0) + store_bytes(shards, rows, options)
-    return found
+    tables = [
+        (path, sharding, list(_places(sharding, None)))
+        for path, module_plan in plan.plan.items()
+        for sharding in module_plan.values()
+        if sharding.compute_kernel in (TURBO_SSD, KEY_VALUE)
+    ]
+    tally = StoreTally(sorted({place.rank for _, _, places in tables for place in places}))
+    for path, sharding, places in tables:
+        shards = [(place.rank, place.size[0] if place.size is not None else 0) for place in places]
+        tally.add(path, sharding.key_value_params, places[0].device if places else "cpu", shards)
+    return tally.bytes()
 
 
 def _places(sharding: ParameterSharding, tensor: Tensor | None) -> Iterator[_Place]:

@@ -28,7 +28,7 @@ def explain_shortfall(
     held = _brought_back(smallest, options, fast, sum(room))
     tight = _short_in_total(name, smallest, room, fast)
     full = _short_in_total("SSD", held, [int(rank.ssd) for rank in ranks], "ssd")
-    # Slots on a GPU are kept account of on the host.
+    # On a GPU, the least rows of the DRAM tier, and what the user gave it.
     beside = _short_in_total("DRAM", smallest, [int(rank.ddr) for rank in ranks], "ddr") if fast == "hbm" else []
     if not tight and not full and not beside:
         tight = _short_on_a_rank(name, options, room, fast)
@@ -37,6 +37,8 @@ def explain_shortfall(
     advice = [f"raise Topology({short}) or add ranks", *_advice(options, held, ranks, unable)]
     if tight:
         advice += _smaller_caches(held)
+    if beside:
+        advice += _smaller_tiers(held)
     return f"no plan fits. {' '.join(lines)} What would do: {'; '.join(advice)}."
 
 
@@ -95,11 +97,12 @@ def _count(ranks: Sequence[int]) -> str:
 def _needs(option: ShardingOption, kind: str) -> str:
     said = f"{option.name!r} {human(getattr(option.total_storage, kind))}"
     params = option.cache_params
-    # A GPU's slots have their slot map beside them, and some of their bookkeeping on the host.
-    beside = kind == "ddr" and option.total_storage.hbm > 0
     if kind == "ssd" or option.compute_kernel != TURBO_SSD or not isinstance(params, TurboCacheParams):
         return said
-    return f"{said} ({sum(params.slots):,} slots{'' if beside else ' and slot map'})"
+    if kind == "ddr" and option.total_storage.hbm > 0:
+        tier = sum(_tier(option))
+        return f"{said} ({tier:,} rows of the DRAM tier)" if tier else said
+    return f"{said} ({sum(params.slots):,} slots and slot map)"
 
 
 def _short_on_a_rank(memory: str, options: Sequence[ShardingOption], ranks: Sequence[int], fast: str) -> list[str]:
@@ -145,6 +148,17 @@ def _smaller_caches(held: Sequence[ShardingOption]) -> list[str]:
     if len(fixed) < len(ours):
         advice.append("lower batch_size, pooling_factors or batches_in_flight, which set the least slots of a table")
     return advice
+
+
+def _smaller_tiers(held: Sequence[ShardingOption]) -> list[str]:
+    given = sorted(option.name for option in held if option.compute_kernel == TURBO_SSD and any(_tier(option)))
+    return [f"lower the l2_cache_size of {', '.join(map(repr, given[:_NAMED]))}"] if given else []
+
+
+def _tier(option: ShardingOption) -> tuple[int, ...]:
+    """Rows of the DRAM tier, which has some before a plan is chosen only where the user said so."""
+    params = option.cache_params
+    return params.dram_slots if isinstance(params, TurboCacheParams) else ()
 
 
 __all__ = ["explain_shortfall", "human"]

@@ -144,12 +144,7 @@ def _spread(option: ShardingOption, estimated: list[Shard]) -> None:
         shard.storage, shard.perf = estimated[n].storage, estimated[n].perf
     params = option.cache_params
     if isinstance(params, TurboCacheParams) and len(params.slots) == len(estimated):
-        option.cache_params = dataclasses.replace(
-            params,
-            slots=tuple(params.slots[n] for n in which),
-            row_bytes=tuple(params.row_bytes[n] for n in which) if params.row_bytes else (),
-            hit_rates=tuple(params.hit_rates[n] for n in which) if params.hit_rates else (),
-        )
+        option.cache_params = params.of_shards(which)
 
 
 __all__ = ["PERF", "STORAGE", "Facts", "PlannedOption", "Shards", "estimate_by_size", "facts_of", "forget_facts"]

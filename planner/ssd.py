@@ -1,4 +1,4 @@
-"""What a row that is not in a slot costs to read: by the SSD's reads a second or its bytes a second."""
+"""What a row that is not in a slot costs to read: by the SSD's reads or bytes a second, or the link from DRAM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torchrec.distributed.planner.types import Topology
 
 from torchrec_turbossd.errors import ConfigError
+from torchrec_turbossd.sizing.memory import has_dram_tier
 
 SSD_BLOCK_BYTES = 4096
 """What an SSD reads at the least: a smaller row still moves a whole block."""
@@ -56,4 +57,48 @@ class SsdSpeed:
         return 1000 * max(1 / self.reads_per_s, moved / self.bytes_per_s)
 
 
-__all__ = ["SSD_BLOCK_BYTES", "SsdSpeed"]
+@dataclass(frozen=True, kw_only=True)
+class MissPrice:
+    """What lookups cost whose row is not in a slot: the SSD, or the way from DRAM to a GPU.
+
+    Attributes:
+        ssd: of one rank.
+        link_bytes_per_ms: between host and accelerator, each way; infinite where slots are in DRAM.
+    """
+
+    ssd: SsdSpeed
+    link_bytes_per_ms: float = math.inf
+
+    @classmethod
+    def of(cls, topology: Topology, ssd: SsdSpeed | None = None) -> MissPrice:
+        """Of a rank of `topology`; `ssd` None: as that says."""
+        link = float(topology.hbm_to_ddr_mem_bw) if has_dram_tier(topology.compute_device) else math.inf
+        return cls(ssd=ssd or SsdSpeed.of(topology), link_bytes_per_ms=link)
+
+    def dram_ms(self, row_bytes: int) -> float:
+        """Milliseconds of a row of `row_bytes` from the DRAM tier. Another one leaves its slot for it and goes the
+        other way at the same time, which takes no longer."""
+        return row_bytes / self.link_bytes_per_ms
+
+    def ssd_ms(self, row_bytes: int) -> float:
+        """Milliseconds of a row of `row_bytes` from SSD; its way to the GPU is not counted on top."""
+        return self.ssd.miss_ms(row_bytes)
+
+    def saved_ms(self, row_bytes: int) -> float:
+        """Milliseconds that the DRAM tier spares a lookup of a row of `row_bytes`; not below 0."""
+        return max(0.0, self.ssd_ms(row_bytes) - self.dram_ms(row_bytes))
+
+    def ms(self, lookups: float, row_bytes: int, hit_rate: float, dram_hit_rate: float = 0.0) -> float:
+        """Milliseconds of the misses of `lookups`.
+
+        Args:
+            lookups: of one batch.
+            row_bytes: weights and optimizer state.
+            hit_rate: share of lookups whose row is in a slot.
+            dram_hit_rate: share of them whose row is in the DRAM tier.
+        """
+        on_ssd = max(0.0, 1.0 - hit_rate - dram_hit_rate)
+        return lookups * (dram_hit_rate * self.dram_ms(row_bytes) + on_ssd * self.ssd_ms(row_bytes))
+
+
+__all__ = ["SSD_BLOCK_BYTES", "MissPrice", "SsdSpeed"]

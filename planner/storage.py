@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -22,9 +22,15 @@ from torchrec.distributed.types import CacheParams, KeyValueParams
 from torchrec_turbossd.planner.access import Access
 from torchrec_turbossd.planner.demand import ROW_STATE, Demand, check_load_factor, row_bytes
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD, TurboCacheParams, fast_memory
-from torchrec_turbossd.sizing.memory import LOOKUP_BYTES, host_slot_bytes, shard_fast_bytes, shard_host_bytes
+from torchrec_turbossd.sizing.memory import (
+    dram_slots_in,
+    has_dram_tier,
+    lookup_bytes,
+    most_slots,
+    shard_fast_bytes,
+    shard_host_bytes,
+)
 from torchrec_turbossd.store.rocks_options import RocksOptions
-from torchrec_turbossd.tables import MAX_SLOTS
 
 
 class TurboSSDStorageEstimator(ShardEstimator):
@@ -33,10 +39,11 @@ class TurboSSDStorageEstimator(ShardEstimator):
     A table on SSD gets the slots of its `load_factor` where the user set one, else the least that its batches need;
     they are left in `option.cache_params` as `TurboCacheParams`. Of each shard these count:
 
-    - in fast memory, slots, slot map and bookkeeping (`shard_fast_bytes`), `LOOKUP_BYTES` for each lookup of the
+    - in fast memory, slots, slot map and bookkeeping (`shard_fast_bytes`), `lookup_bytes` for each lookup of the
       batches in flight, and TorchRec's input and output;
     - in host memory, which is the same on a CPU machine, what `shard_host_bytes` says, and the rows of one batch as
-      they arrive from the store, as if none of its ids had been in a slot;
+      they arrive from the store, as if none of its ids had been in a slot; on a GPU the table's DRAM tier is among
+      it, of its `KeyValueParams.l2_cache_size`, as if the shard were the table's only one on its rank;
     - on SSD, every row.
 
     Not counted, because they are a rank's and not a shard's: the row store itself (`store_bytes`), and two more copies
@@ -116,16 +123,29 @@ class TurboSSDStorageEstimator(ShardEstimator):
         floors = [self._demand.floor(option, shard) if shard.size[0] else 0 for shard in option.shards]
         slots = floors
         if factor is not None:
-            slots = [min(math.ceil(factor * shard.size[0]), MAX_SLOTS) for shard in option.shards]
+            slots = [most_slots(math.ceil(factor * shard.size[0]), self._device) for shard in option.shards]
         sizes = [row_bytes(option.tensor, shard.size[1], fused_params) for shard in option.shards]
-        for shard, count, size, floor in zip(option.shards, slots, sizes, floors, strict=True):
+        tier = self._tier(option, slots, sizes)
+        every = zip(option.shards, slots, sizes, floors, tier or [0] * len(slots), strict=True)
+        for shard, count, size, floor, behind in every:
             rows, batches = shard.size[0], self._demand.batches_in_flight
             lookups = self._demand.lookups(option, shard) * batches
-            fast = shard_fast_bytes(count, rows, size, self._device) + math.ceil(LOOKUP_BYTES * lookups)
-            host = shard_host_bytes(count, rows, self._device) + -(-floor // batches) * size
+            in_flight = math.ceil(lookup_bytes(self._device) * lookups)
+            fast = shard_fast_bytes(count, rows, size, self._device) + in_flight
+            host = shard_host_bytes(rows, size, self._device, behind) + -(-floor // batches) * size
             taken = _add(_add(shard.storage, self._fast, fast), "ddr", host)
             shard.storage = dataclasses.replace(taken, ssd=rows * size)
-        set_slots(option, slots, sizes, self._access, load_factor=factor)
+        set_slots(option, slots, sizes, self._access, load_factor=factor, dram_slots=tier)
+
+    def _tier(self, option: ShardingOption, slots: Sequence[int], sizes: Sequence[int]) -> list[int]:
+        """Rows of each shard in the DRAM tier that the user gave its table; none where there is no such tier."""
+        if not has_dram_tier(self._device):
+            return []
+        size = l2_cache_bytes(option.key_value_params)
+        if not size:
+            return [0] * len(slots)
+        every = zip(slots, (int(shard.size[0]) for shard in option.shards), sizes, strict=True)
+        return [dram_slots_in(size, [shard])[0] for shard in every]
 
 
 def _fused_params(option: ShardingOption, sharders: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -133,13 +153,24 @@ def _fused_params(option: ShardingOption, sharders: Mapping[str, Any]) -> Mappin
 
 
 def set_slots(
-    option: ShardingOption, slots: list[int], sizes: list[int], access: Access, *, load_factor: float | None
+    option: ShardingOption,
+    slots: list[int],
+    sizes: list[int],
+    access: Access,
+    *,
+    load_factor: float | None,
+    dram_slots: list[int],
 ) -> None:
-    """Write slots, row bytes and predicted hit rates of an option's shards into its cache parameters.
+    """Write slots, row bytes, rows in the DRAM tier and predicted hit rates of an option's shards into its cache
+    parameters.
 
-    A `load_factor` marks them as fixed by the user.
+    A `load_factor` marks the slots as fixed by the user; `dram_slots` is empty where there is no such tier.
     """
     rates = [access.hit_rate(option, shard, count) for shard, count in zip(option.shards, slots, strict=True)]
+    behind = [
+        max(0.0, access.hit_rate(option, shard, count + more) - rate) if more else 0.0
+        for shard, count, rate, more in zip(option.shards, slots, rates, dram_slots, strict=False)
+    ]
     given = option.cache_params
     stock = {f.name: getattr(given, f.name) for f in dataclasses.fields(CacheParams)} if given is not None else {}
     stock["load_factor"] = load_factor
@@ -149,24 +180,34 @@ def set_slots(
         row_bytes=tuple(sizes),
         hit_rates=tuple(rates),
         fixed=load_factor is not None,
+        dram_slots=tuple(dram_slots),
+        dram_hit_rates=tuple(behind),
     )
 
 
-def store_options(options: RocksOptions, given: KeyValueParams | None) -> RocksOptions:
+def l2_cache_bytes(given: KeyValueParams | None) -> int | None:
+    """Bytes of host memory on each rank that the user gave a table, for its DRAM tier on a GPU or its store's block
+    cache on a CPU machine; None where he did not say."""
+    if given is None or given.l2_cache_size is None:
+        return None
+    return int(given.l2_cache_size) << 30
+
+
+def store_options(options: RocksOptions, given: KeyValueParams | None, compute_device: str = "cpu") -> RocksOptions:
     """The settings of a store with what one of its tables asks for: of each the largest counts."""
     if given is None:
         return options
+    cache = 0 if has_dram_tier(compute_device) else l2_cache_bytes(given) or 0
     return dataclasses.replace(
         options,
-        block_cache_bytes=max(options.block_cache_bytes, (given.l2_cache_size or 0) << 30),
+        block_cache_bytes=max(options.block_cache_bytes, cache),
         write_buffer_bytes=max(options.write_buffer_bytes, given.ssd_rocksdb_write_buffer_size or 0),
     )
 
 
-def add_slots(storage: Storage, compute_device: str, extra_bytes: int, slots: int = 0) -> Storage:
-    """`storage` with `extra_bytes` more of fast memory, and what `slots` more slots take of the host's beside it."""
-    grown = _add(storage, fast_memory(compute_device), extra_bytes)
-    return _add(grown, "ddr", slots * host_slot_bytes(compute_device))
+def add_bytes(storage: Storage, compute_device: str, fast: int, host: int) -> Storage:
+    """`storage` with so many bytes more of fast memory, and of the host's beside it."""
+    return _add(_add(storage, fast_memory(compute_device), fast), "ddr", host)
 
 
 def _add(storage: Storage, memory: str, extra_bytes: int) -> Storage:
@@ -179,4 +220,4 @@ def _load_factor(option: ShardingOption, fused_params: Mapping[str, Any]) -> flo
     return check_load_factor(option.name, factor if factor is not None else fused_params.get("cache_load_factor"))
 
 
-__all__ = ["TurboSSDStorageEstimator", "add_slots", "set_slots", "store_options"]
+__all__ = ["TurboSSDStorageEstimator", "add_bytes", "l2_cache_bytes", "set_slots", "store_options"]

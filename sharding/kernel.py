@@ -23,6 +23,8 @@ from torchrec_turbossd.cache import DEFAULT_POLICY
 from torchrec_turbossd.errors import ConfigError, UnsupportedError
 from torchrec_turbossd.planner.demand import ROW_STATE
 from torchrec_turbossd.sharding.optimizer import TurboSSDFusedOptimizer
+from torchrec_turbossd.sizing.memory import has_dram_tier, least_dram_slots
+from torchrec_turbossd.sizing.shortage import named_budgets
 from torchrec_turbossd.store.contract import RowStore
 from torchrec_turbossd.tables import InitRule, StateSpec, TableShard, TableSpec
 from torchrec_turbossd.tbe.layout import Bounds
@@ -42,6 +44,15 @@ _PLACEMENT = frozenset({
 """`fused_params` that say where rows of other kernels are cached, or that are read elsewhere."""
 
 
+_FEWER_SLOTS = (
+    "lower what decides how many they are: the memory that the planner may use (hbm_cap, ddr_cap), "
+    "CacheParams.load_factor of the tables, or cache_load_factor in fused_params and load_factor of the sharder"
+)
+_FEWER_ROWS = (
+    "lower KeyValueParams.l2_cache_size of the tables, dram_budget_gb of the sharders, or the planner's ddr_cap"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelOptions:
     """What the sharder decides for every SSD-backed table.
@@ -57,10 +68,12 @@ class KernelOptions:
 class KernelNeeds:
     """What a kernel needs beyond TorchRec's config.
 
-    slots: usable slots of each table of the group. store: holds the rows of all of them. group: of the ranks.
+    slots: usable slots of each table of the group. dram_slots: rows of each that the DRAM tier of a GPU keeps, 0 for
+    none; of no meaning on a CPU machine. store: holds the rows of all of them. group: of the ranks.
     """
 
     slots: Sequence[int]
+    dram_slots: Sequence[int]
     store: RowStore
     group: ProcessGroup | None
     options: KernelOptions = field(default_factory=KernelOptions)
@@ -134,6 +147,13 @@ def _bounds(config: GroupedEmbeddingConfig) -> Bounds:
     return Bounds.IGNORE if mode.name.endswith("IGNORE") else Bounds.RAISE
 
 
+def _tier(shards: Sequence[TableShard], rows: Sequence[int]) -> list[int] | None:
+    """Rows of each table as the TBE takes them; None where none is kept."""
+    if not any(rows):
+        return None
+    return [max(count, least_dram_slots(shard.rows)) for shard, count in zip(shards, rows, strict=True)]
+
+
 class TurboSSDKernel(FusedOptimizerModule):
     """A group of tables whose rows live in a row store; the part that bags and sequences share.
 
@@ -146,20 +166,25 @@ class TurboSSDKernel(FusedOptimizerModule):
     def _build(self, needs: KernelNeeds, pooling: PoolingMode, device: torch.device | None) -> None:
         """Make the TBE and its optimizer."""
         config = self._config
-        optimizer = group_optimizer(config)
-        self._emb_module = TurboSSDTableBatchedEmbeddingBags(
-            [table_shard(table, optimizer, needs.options.seed) for table in config.embedding_tables],
-            needs.slots,
-            self._feature_table_map,
-            needs.store,
-            device=device or torch.device("cpu"),
-            options=TrainingOptions(
-                pooling_mode=pooling,
-                policy=needs.options.policy,
-                bounds=_bounds(config),
-                tbe_args=_tbe_arguments(config),
-            ),
-        )
+        optimizer, where = group_optimizer(config), device or torch.device("cpu")
+        shards = [table_shard(table, optimizer, needs.options.seed) for table in config.embedding_tables]
+        self._dram_slots = _tier(shards, needs.dram_slots) if has_dram_tier(where.type) else None
+        tier: dict[str, Any] = {"dram_slots": self._dram_slots} if has_dram_tier(where.type) else {}
+        with named_budgets(where, _FEWER_SLOTS, _FEWER_ROWS):
+            self._emb_module = TurboSSDTableBatchedEmbeddingBags(
+                shards,
+                needs.slots,
+                self._feature_table_map,
+                needs.store,
+                device=where,
+                options=TrainingOptions(
+                    pooling_mode=pooling,
+                    policy=needs.options.policy,
+                    bounds=_bounds(config),
+                    tbe_args=_tbe_arguments(config),
+                ),
+                **tier,
+            )
         self._group = needs.group
         self._optim = TurboSSDFusedOptimizer(self._emb_module, config.embedding_tables, needs.group)
 
@@ -170,6 +195,11 @@ class TurboSSDKernel(FusedOptimizerModule):
     @property
     def emb_module(self) -> Any:
         return self._emb_module
+
+    @property
+    def dram_slots(self) -> list[int]:
+        """Rows of each table of the group that the DRAM tier of a GPU keeps besides those in slots."""
+        return self._dram_slots or [0] * len(self._emb_module.shards)
 
     @property
     def fused_optimizer(self) -> FusedOptimizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingT
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_turbossd.errors import ConfigError
-from torchrec_turbossd.planner.kernel import slots_of
+from torchrec_turbossd.planner.kernel import dram_slots_of, slots_of
 from torchrec_turbossd.sharding.kernel import (
     KernelNeeds,
     KernelOptions,
@@ -28,7 +28,10 @@ from torchrec_turbossd.sharding.kernel import (
     TurboSSDEmbeddingBag,
     TurboSSDKernel,
 )
+from torchrec_turbossd.sharding.tier import ShardPlace, TierNeed
+from torchrec_turbossd.sizing.memory import most_dram_slots
 from torchrec_turbossd.store.contract import RowStore
+from torchrec_turbossd.tables import TableShard
 
 
 def is_ours(config: GroupedEmbeddingConfig) -> bool:
@@ -42,31 +45,51 @@ class LookupContext:
 
     plan: each table's sharding, which carries the slots of its shards.
     load_factor: share of a shard's rows that get slots when the plan gives no number.
+    tier: rows of local shards in the DRAM tier of a GPU; none of those left out.
     """
 
     plan: Mapping[str, ParameterSharding]
     store: RowStore
     load_factor: float = 0.2
     kernel: KernelOptions = field(default_factory=KernelOptions)
+    tier: Mapping[ShardPlace, int] = field(default_factory=dict)
 
     def slots(self, table: ShardedEmbeddingTable) -> int:
         """Slots of one local shard: the plan's, else by load factor; at least one, at most its rows."""
         sharding = self.plan[table.name]
-        planned = slots_of(sharding)
-        if planned is not None:
-            offsets = [list(s.shard_offsets) for s in table.global_metadata.shards_metadata]
-            if len(planned) != len(offsets):
-                raise ConfigError(
-                    f"table {table.name!r}: the plan has slots for {len(planned)} shards, but there are {len(offsets)}"
-                )
-            count = planned[offsets.index(list(table.local_metadata.shard_offsets))]
-        else:
+        count = _planned(table, slots_of(sharding))
+        if count is None:
             cache = sharding.cache_params
             factor = cache.load_factor if cache is not None and cache.load_factor is not None else self.load_factor
             if not 0.0 < factor <= 1.0:
                 raise ConfigError(f"table {table.name!r}: load_factor must be in (0, 1], got {factor}")
             count = -int(-table.local_rows * factor // 1)
         return max(1, min(count, table.local_rows))
+
+    def tier_need(self, table: ShardedEmbeddingTable, shard: TableShard) -> TierNeed:
+        """What decides the rows of one local shard in the DRAM tier."""
+        sharding, slots = self.plan[table.name], self.slots(table)
+        planned = _planned(table, dram_slots_of(sharding))
+        if planned is not None:
+            planned = max(0, min(planned, most_dram_slots(slots, shard.rows)))
+        return TierNeed(shard=shard, slots=slots, features=table.num_features(), sharding=sharding, planned=planned)
+
+    def dram_slots(self, table: ShardedEmbeddingTable) -> int:
+        """Rows of one local shard in the DRAM tier."""
+        first_row, first_col = table.local_metadata.shard_offsets
+        return self.tier.get((table.name, first_row, first_col), 0)
+
+
+def _planned(table: ShardedEmbeddingTable, counts: Sequence[int] | None) -> int | None:
+    """Of counts that a plan has for each shard, the local one's."""
+    if counts is None:
+        return None
+    offsets = [list(s.shard_offsets) for s in table.global_metadata.shards_metadata]
+    if len(counts) != len(offsets):
+        raise ConfigError(
+            f"table {table.name!r}: the plan has slots for {len(counts)} shards, but there are {len(offsets)}"
+        )
+    return counts[offsets.index(list(table.local_metadata.shard_offsets))]
 
 
 class _Lookup:
@@ -79,6 +102,7 @@ class _Lookup:
     def _needs(self, config: GroupedEmbeddingConfig, group: ProcessGroup | None) -> KernelNeeds:
         return KernelNeeds(
             slots=[self._context.slots(table) for table in config.embedding_tables],
+            dram_slots=[self._context.dram_slots(table) for table in config.embedding_tables],
             store=self._context.store,
             group=group,
             options=self._context.kernel,

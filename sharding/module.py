@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,8 +32,10 @@ from torchrec_turbossd.sharding.lookup import LookupContext, is_ours
 from torchrec_turbossd.sharding.rank_store import RankStores, StoreOptions
 from torchrec_turbossd.sharding.refusals import check_module
 from torchrec_turbossd.sharding.state import consume_weights, load_weight, sharded_weight
+from torchrec_turbossd.sharding.tier import tier_rows
 from torchrec_turbossd.sharding.updates import RowUpdate, apply, route
 from torchrec_turbossd.sizing import RECORDED_EVENTS, AccessSample
+from torchrec_turbossd.sizing.memory import has_dram_tier
 from torchrec_turbossd.tables import TableShard, TableSpec
 from torchrec_turbossd.tbe.recording import of_whole_tables
 from torchrec_turbossd.tbe.training_options import row_state
@@ -45,13 +48,14 @@ class TurboSSDOptions:
     store: StoreOptions = field(default_factory=StoreOptions)
     kernel: KernelOptions = field(default_factory=KernelOptions)
     load_factor: float = 0.2
+    dram_budget_gb: float | None = None
 
 
 class TurboSSDShardedModule(nn.Module):
     """A sharded `EmbeddingBagCollection` or `EmbeddingCollection` with tables on SSD.
 
     Beyond TorchRec's module it has `streaming_update`, `flush`, `read_stats`, `record_access`, `access_samples`,
-    `slots` and `close`.
+    `slots`, `dram_slots` and `close`.
     """
 
     _TABLES: str
@@ -103,7 +107,8 @@ class TurboSSDShardedModule(nn.Module):
 
     def _create_lookups(self) -> None:
         rank = self._env.rank
-        shards = []
+        on_gpu = self._device is not None and has_dram_tier(self._device.type)
+        shards, tables = [], []
         for sharding in self._shardings():
             for group in filter(is_ours, self._groups(sharding, rank)):
                 optimizer = group_optimizer(group)
@@ -111,14 +116,21 @@ class TurboSSDShardedModule(nn.Module):
                 for table in group.embedding_tables:
                     shard = table_shard(table, optimizer, self._options.kernel.seed)
                     shards.append((shard, self.module_sharding_plan[table.name].key_value_params))
+                    tables.append((table, shard))
         ranks = (rank, get_local_rank(self._env.world_size))
-        self._stores = RankStores(self._options.store, getattr(self, "_module_fqn", None) or "", ranks, shards)
+        path = getattr(self, "_module_fqn", None) or ""
+        self._stores = RankStores(self._options.store, path, ranks, shards, "cuda" if on_gpu else "cpu")
         context = LookupContext(
             plan=self.module_sharding_plan,
             store=self._stores.store,
             load_factor=self._options.load_factor,
             kernel=self._options.kernel,
         )
+        if on_gpu:
+            budget = self._options.dram_budget_gb
+            needs = [context.tier_need(table, shard) for table, shard in tables]
+            tier = tier_rows(needs, None if budget is None else int(budget * 2**30))
+            context = dataclasses.replace(context, tier=tier)
         for sharding_type, sharding in zip(self._sharding_types, self._shardings(), strict=True):
             # A rank without a shard on SSD needs our lookup no less: all ranks must agree on the order of features.
             ours = any(map(is_ours, self._groups(sharding)))
@@ -285,6 +297,15 @@ class TurboSSDShardedModule(nn.Module):
         found: dict[str, int] = {}
         for kernel in self._kernels():
             for shard, count in zip(kernel.emb_module.shards, kernel.emb_module.rows.cache.slots, strict=True):
+                found[shard.table.name] = found.get(shard.table.name, 0) + count
+        return found
+
+    @property
+    def dram_slots(self) -> dict[str, int]:
+        """Rows of this rank's shards that the DRAM tier of a GPU keeps besides those in slots, by SSD-backed table."""
+        found: dict[str, int] = {}
+        for kernel in self._kernels():
+            for shard, count in zip(kernel.emb_module.shards, kernel.dram_slots, strict=True):
                 found[shard.table.name] = found.get(shard.table.name, 0) + count
         return found
 

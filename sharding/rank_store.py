@@ -20,6 +20,7 @@ from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.types import KeyValueParams
 
 from torchrec_turbossd.errors import ConfigError, StoreError, StoreLockedError
+from torchrec_turbossd.planner.storage import store_options
 from torchrec_turbossd.store.checkpoint import clone_directory
 from torchrec_turbossd.store.contract import RowStore
 from torchrec_turbossd.store.faults import os_errors
@@ -63,8 +64,10 @@ class RankStores:
     Args:
         module: name of the sharded module in the model.
         shards: this rank's SSD-backed shards, each with its table's `KeyValueParams` or None. Of these the directory,
-            `l2_cache_size` (GB; the block cache of the store) and `ssd_rocksdb_write_buffer_size` (bytes) are honoured;
-            tables of one store get the largest. A warning names others that are set.
+            `l2_cache_size` (GB; on a CPU machine the block cache of the store, on a GPU the table's DRAM tier, which is
+            not here) and `ssd_rocksdb_write_buffer_size` (bytes) are honoured; tables of one store get the largest. A
+            warning names others that are set.
+        compute_device: where slots are, a device type.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class RankStores:
         module: str,
         ranks: tuple[int, int],
         shards: Sequence[tuple[TableShard, KeyValueParams | None]],
+        compute_device: str = "cpu",
     ) -> None:
         self._options, (self._rank, self._local_rank) = options, ranks
         self._module = re.sub(r"[^A-Za-z0-9_.-]", "_", module) or "module"
@@ -85,7 +89,8 @@ class RankStores:
             path = self._directory(given.ssd_storage_directory if given is not None else None)
             tables.setdefault(path, {})[shard.key] = shard.row_bytes
             known = self._settings.get(path, RocksOptions(hash_write_buffers=True))
-            self._settings[path] = _honoured(known, shard, given)
+            _warn_of_unused(shard, given)
+            self._settings[path] = store_options(known, given, compute_device)
         try:
             for path, row_bytes in tables.items():
                 self._stores[path] = self._open(path, row_bytes)
@@ -153,13 +158,10 @@ class RankStores:
         self._finalizer()
 
 
-def _honoured(options: RocksOptions, shard: TableShard, given: KeyValueParams | None) -> RocksOptions:
-    """The settings of a store with what one of its tables asks for."""
-    if given is None:
-        return options
+def _warn_of_unused(shard: TableShard, given: KeyValueParams | None) -> None:
     unused = [
         item.name
-        for item in dataclasses.fields(given)
+        for item in (dataclasses.fields(given) if given is not None else ())
         if item.name not in _HONOURED and getattr(given, item.name) != item.default
     ]
     if unused:
@@ -168,12 +170,6 @@ def _honoured(options: RocksOptions, shard: TableShard, given: KeyValueParams | 
             f"{', '.join(_HONOURED)} do",
             stacklevel=2,
         )
-    cache, buffer = given.l2_cache_size, given.ssd_rocksdb_write_buffer_size
-    return dataclasses.replace(
-        options,
-        block_cache_bytes=max(options.block_cache_bytes, (cache or 0) << 30),
-        write_buffer_bytes=max(options.write_buffer_bytes, buffer) if buffer else options.write_buffer_bytes,
-    )
 
 
 def clone_beside(path: Path, source: Path) -> Path:

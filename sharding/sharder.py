@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
 from torchrec.distributed.types import ParameterSharding
 
 from torchrec_turbossd.cache import DEFAULT_POLICY
-from torchrec_turbossd.errors import ConfigError
+from torchrec_turbossd.errors import BudgetError, ConfigError
 from torchrec_turbossd.planner.kernel import KEY_VALUE, TURBO_SSD
 from torchrec_turbossd.sharding.kernel import KernelOptions
 from torchrec_turbossd.sharding.module import TurboSSDOptions
@@ -30,6 +31,10 @@ class TurboSSDSharder:
         load_factor: share of a shard's rows that get slots when the plan says nothing.
         seed: of rows never written. policy: an eviction policy by name. read_threads: for each store;
             None: a rank's share of the machine's cores, 2 to 8.
+        dram_budget_gb: on a GPU, GiB of pinned memory of a rank for rows without a slot, of all tables whose
+            `KeyValueParams.l2_cache_size` says nothing, where they save most. The planner gives as much of it as there
+            is DRAM; None: what it finds free. A plan that says nothing has it split in each module by itself, and
+            none where this is None. Of no meaning on a CPU machine.
     """
 
     _OURS: tuple[str, ...]
@@ -48,22 +53,31 @@ class TurboSSDSharder:
         seed: int = 0,
         policy: str = DEFAULT_POLICY,
         read_threads: int | None = None,
+        dram_budget_gb: float | None = None,
         **stock: Any,
     ) -> None:
         unknown = sorted(set(stock) - set(self._STOCK))
         if unknown:
-            options = ["load_factor", "policy", "read_threads", "seed", *self._STOCK]
+            options = ["dram_budget_gb", "load_factor", "policy", "read_threads", "seed", *self._STOCK]
             raise ConfigError(f"{type(self).__name__} has no options {', '.join(unknown)}; it has {', '.join(options)}")
         super().__init__(  # type: ignore[call-arg]
             fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry, **stock
         )
         if not 0.0 < load_factor <= 1.0:
             raise ConfigError(f"load_factor must be in (0, 1], got {load_factor}")
+        if dram_budget_gb is not None and not (math.isfinite(dram_budget_gb) and dram_budget_gb >= 0):
+            raise BudgetError(f"dram_budget_gb must be finite GiB, 0 or more, or None, got {dram_budget_gb}")
         self._turbo_options = TurboSSDOptions(
             store=StoreOptions(ssd_directory=ssd_directory, read_threads=read_threads),
             kernel=KernelOptions(seed=seed, policy=policy),
             load_factor=load_factor,
+            dram_budget_gb=dram_budget_gb,
         )
+
+    @property
+    def dram_budget_gb(self) -> float | None:
+        """GiB of a rank for the DRAM tier, as it was given."""
+        return self._turbo_options.dram_budget_gb
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """What tables on SSD can have, and what TorchRec offers on this device."""

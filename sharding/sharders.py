@@ -29,7 +29,8 @@ def get_turbo_ssd_sharders(
             it; `@local_rank` in either becomes the local rank. Models alive at once in a process need one each.
         fused_params: optimizer and its arguments, as for TorchRec's sharders.
         options: `load_factor` (share of a shard's rows that get slots when the plan says nothing, 0.2), `seed` (of rows
-            never written), `policy` (of eviction), `read_threads` (for each store).
+            never written), `policy` (of eviction), `read_threads` (for each store), `dram_budget_gb` (GiB of a rank for
+            the DRAM tier of a GPU; None: what the planner finds free). See `TurboSSDSharder`.
     """
     special: dict[type[nn.Module], Any] = {
         EmbeddingBagCollection: TurboSSDEmbeddingBagCollectionSharder(ssd_directory, fused_params, **options),

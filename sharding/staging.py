@@ -23,7 +23,7 @@ from torchrec_turbossd.store.known_rows import KnownRowsStore
 from torchrec_turbossd.store.rocks import RocksOptions, RocksRowStore
 from torchrec_turbossd.store.write_back import WriteBackStore
 from torchrec_turbossd.tables import TableShard
-from torchrec_turbossd.tbe.cached_rows import stored_rows
+from torchrec_turbossd.tbe.stored import stored_rows
 
 _ALIVE: set[Path] = set()
 """Directories of checkpoints that this process still reads."""

@@ -25,7 +25,7 @@ from torchrec_turbossd.sharding.module import TurboSSDShardedModule
 from torchrec_turbossd.sharding.progress import fused_kernels, optimizer_progress, restore_progress, saved_progress
 
 _WINDOW_ROWS = 65536
-_OPTIONS = ("policy", "read_threads", "seed")
+_OPTIONS = ("dram_budget_gb", "policy", "read_threads", "seed")
 _ModulePlan = dict[str, ParameterSharding]
 
 
@@ -61,7 +61,8 @@ def swap_to_turbo_ssd(
     Args:
         tables: names of tables; None: those whose kernel is KEY_VALUE.
         load_factor: share of a shard's rows that get slots, for tables whose plan has no `cache_params`.
-        ssd_directory, options: for a model; `seed`, `policy` and `read_threads` are those of `TurboSSDSharder`.
+        ssd_directory, options: for a model; `seed`, `policy`, `read_threads` and `dram_budget_gb` are those of
+            `TurboSSDSharder`.
 
     Returns:
         What was swapped, in the order of the plan; not tables that were on SSD before.

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.cli.files import TABLES, described, make_model, write
 from torchrec_turbossd.cli.plan import Planned, make_plan
 from torchrec_turbossd.cli.report import PlanReport, load_report
 from torchrec_turbossd.cli.spec import read_spec
+from torchrec_turbossd.cli.tables import print_plan
 from torchrec_turbossd.errors import BudgetError, ConfigError, CorruptError, FormatVersionError
 from torchrec_turbossd.planner import Machine, describe_plan
 from torchrec_turbossd.sharding import get_turbo_ssd_sharders
 from torchrec_turbossd.sizing import AccessProfile, HitRateCurve
+
+NO_TIER = "500 MiB"
+"""DRAM of a rank that row stores and tables need for themselves."""
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])
 
@@ -45,6 +51,7 @@ def test_figures_are_the_planners(device: str, tmp_path: Path) -> None:
         )
         assert (shard.rows, shard.cols, shard.slots, shard.ssd_bytes) == (row.rows, row.cols, row.slots, row.ssd_bytes)
         assert shard.hit_rate == row.hit_rate and shard.fast_bytes == row.fast_bytes
+        assert (shard.dram_slots, shard.dram_hit_rate) == (row.dram_slots or 0, row.dram_hit_rate or 0)
     tiers = {table.name: table.tier for table in report.tables}
     assert tiers["big"] == "SSD" and tiers["tiny"] == memory
     assert report.machine.fast_memory == memory and report.machine.ranks == 2
@@ -52,7 +59,10 @@ def test_figures_are_the_planners(device: str, tmp_path: Path) -> None:
 
 @DEVICES
 def test_sums_add_up(device: str, tmp_path: Path) -> None:
-    report = planned(tmp_path, described(device)).report
+    whole = described(device)
+    if device == "cuda":
+        whole["topology"]["dram"] = NO_TIER
+    report = planned(tmp_path, whole).report
     # 4, 3, 10, 1 and 1 lookups of 128 samples on two ranks.
     assert [table.lookups for table in report.tables] == [1024, 768, 2560, 256, 256]
     assert report.lookups == 4864 == pytest.approx(sum(rank.lookups for rank in report.ranks))
@@ -78,10 +88,50 @@ def test_sums_add_up(device: str, tmp_path: Path) -> None:
 
 def test_ssd_time_is_misses_by_reads_a_second(tmp_path: Path) -> None:
     whole = described("cuda", ranks=1)
-    whole["topology"]["ssd_writes_per_read"] = 0
+    whole["topology"] |= {"ssd_writes_per_read": 0, "dram": NO_TIER}
     report = planned(tmp_path, whole).report
     misses = sum(table.lookups * (1 - table.hit_rate) for table in report.tables)
     assert misses > 0 and report.ranks[0].ms.ssd == pytest.approx(1000 * misses / 100_000)
+
+
+def test_the_dram_tier_is_reported(tmp_path: Path) -> None:
+    whole = described("cuda", ranks=1)
+    whole["topology"] |= {"ssd_writes_per_read": 0, "dram": "900 MiB", "host_to_device_bandwidth": "1 GB/s"}
+    report = planned(tmp_path, whole).report
+    big = report.tables[0]
+    (shard,) = big.shards
+    assert big.dram_slots == shard.dram_slots > 50_000 and 0.1 < big.dram_hit_rate == shard.dram_hit_rate
+    assert shard.dram_bytes > shard.dram_slots * 272 and report.ranks[0].dram_used_bytes >= shard.dram_bytes
+    # A row of 260 bytes takes 0.26 us on the link, a read 10 us.
+    rest = 1 - shard.hit_rate - shard.dram_hit_rate
+    assert shard.ms.ssd == pytest.approx(shard.lookups * (shard.dram_hit_rate * 0.26e-3 + rest * 0.01))
+    on_ssd = [table for table in report.tables if table.tier == "SSD"]
+    found = sum(table.lookups * table.dram_hit_rate for table in on_ssd) / sum(table.lookups for table in on_ssd)
+    assert report.dram_hit_rate_on_ssd == pytest.approx(found) and report.warnings == []
+    more = report.one_more_gib
+    # All tables are in slots then.
+    assert more is not None and more.ssd_ms_now == pytest.approx(report.ranks[0].ms.ssd) and more.ssd_ms < 1e-9
+    said = format_of(report)
+    assert f", {found:.2%} more in DRAM. " in said and " ms for DRAM and SSD on a rank" in said
+    assert "miss ms" in said and "in DRAM" in said and "from DRAM" in said
+    without = format_of(planned(tmp_path, described("cpu")).report)
+    assert "SSD ms" in without and "more in DRAM" not in without and "from DRAM" not in without
+
+
+def test_one_more_gib_counts_the_tier(tmp_path: Path) -> None:
+    tables = [{"name": "big", "rows": 20_000_000, "dim": 64, "lookups": 4, "access": {"zipf": 0.8}}]
+    whole = described("cuda", fast="200 MiB", ranks=1, tables=tables)
+    whole["topology"]["dram"] = "4 GiB"
+    report = planned(tmp_path, whole).report
+    (big,), more = report.tables, report.one_more_gib
+    assert big.dram_slots > 5_000_000 and more is not None and report.hit_rate < more.hit_rate < 0.95
+    assert 0.5 * more.ssd_ms_now < more.ssd_ms < 0.99 * more.ssd_ms_now
+
+
+def format_of(report: PlanReport) -> str:
+    console = Console(width=300, record=True, file=io.StringIO())
+    print_plan(report, console=console)
+    return " ".join(console.export_text().split())
 
 
 def test_speeds_and_lookups_arrive(tmp_path: Path) -> None:
@@ -91,6 +141,7 @@ def test_speeds_and_lookups_arrive(tmp_path: Path) -> None:
     ]
     whole = described("cuda", fast="20 MiB", tables=tables)
     whole["topology"] |= {"hbm_bandwidth": "2 TB/s", "intra_host_bandwidth": 100, "ssd_bandwidth": "0.2 GB/s"}
+    whole["topology"]["dram"] = NO_TIER
     report = planned(tmp_path, whole).report
     assert (report.machine.hbm_bandwidth, report.machine.intra_host_bandwidth) == pytest.approx((2e12, 1e11))
     big, copied = report.tables

@@ -47,13 +47,10 @@ class Model(nn.Module):
             )
 
 
-def sharders(**fused_params: Any) -> list[Any]:
+def sharders(dram_budget_gb: float | None = None, **fused_params: Any) -> list[Any]:
     """Those of the package, which offer every sharding type."""
-    params = fused_params or None
-    return [
-        TurboSSDEmbeddingBagCollectionSharder(fused_params=params),
-        TurboSSDEmbeddingCollectionSharder(fused_params=params),
-    ]
+    options: dict[str, Any] = {"fused_params": fused_params or None, "dram_budget_gb": dram_budget_gb}
+    return [TurboSSDEmbeddingBagCollectionSharder(**options), TurboSSDEmbeddingCollectionSharder(**options)]
 
 
 def topology(

@@ -22,6 +22,7 @@ from torchrec_turbossd.planner.perf import MEAN_SHARE, REMAP_COST, SSD_SURCHARGE
 from torchrec_turbossd.planner.proposer import distinct, taste
 from torchrec_turbossd.planner.ssd import SSD_BLOCK_BYTES
 from torchrec_turbossd.sizing import AccessProfile, HitRateCurve
+from torchrec_turbossd.sizing.memory import dram_row_bytes
 from torchrec_turbossd.tbe.training import ROW_STATE as TRAINED_STATE
 
 ROWS, DIM, BATCH = 1_000_000, 32, 100
@@ -58,11 +59,10 @@ def test_bytes_of_slots_and_rows(device: str, optimizer: EmbOptimType, state: in
     # Input and output are what TorchRec counts for a table in memory, beside its rows and their state.
     (held,) = [shard.storage for shard in fused.shards]
     io = (held.hbm if device == "cuda" else held.ddr) - ROWS * size
-    on_device, on_host = (14, 12) if device == "cuda" else (26, 0)
-    slots = 2 * BATCH + 1
-    fast = io + slots * (size + on_device) + 4 * ROWS + 2 * BATCH * 28
-    # Beside it bookkeeping, a bit a row, and a batch of rows as it comes from the store.
-    host = slots * on_host + ROWS // 8 + BATCH * size
+    of_slot, of_lookup = (19, 16) if device == "cuda" else (26, 28)
+    fast = io + (2 * BATCH + 1) * (size + of_slot) + 4 * ROWS + 2 * BATCH * of_lookup
+    # Beside it a bit a row, a batch of rows as it comes from the store, and what a GPU's rows pass through.
+    host = ROWS // 8 + BATCH * size + (4096 * dram_row_bytes(size) if device == "cuda" else 0)
     assert (storage.hbm, storage.ddr) == ((fast, host) if device == "cuda" else (0, fast + host))
     assert 0 < io < fast
 

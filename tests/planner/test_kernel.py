@@ -12,7 +12,7 @@ from torchrec.distributed.types import CacheAlgorithm, CacheParams, ParameterSha
 
 from torchrec_turbossd.errors import ConfigError, UnsupportedError
 from torchrec_turbossd.planner import TURBO_SSD, TurboCacheParams, slots_of
-from torchrec_turbossd.planner.kernel import PLAN_VERSION
+from torchrec_turbossd.planner.kernel import PLAN_VERSION, dram_slots_of
 
 
 def params(**changes: object) -> TurboCacheParams:
@@ -61,6 +61,23 @@ def test_slots_of_a_planned_table() -> None:
     assert slots_of(ParameterSharding("row_wise", TURBO_SSD, cache_params=params())) == (3, 4)
     for none in (None, CacheParams(load_factor=0.5), TurboCacheParams()):
         assert slots_of(ParameterSharding("row_wise", TURBO_SSD, cache_params=none)) is None
+
+
+def test_the_tier_of_a_planned_table() -> None:
+    tier = params(dram_slots=(5, 0), dram_hit_rates=(0.1, 0.0))
+    assert dram_slots_of(ParameterSharding("row_wise", TURBO_SSD, cache_params=tier)) == (5, 0)
+    assert dram_slots_of(ParameterSharding("row_wise", TURBO_SSD, cache_params=params())) is None
+    assert tier != params() and hash(tier) != hash(params())
+    assert tier.stable_fingerprint() != params(dram_slots=(5, 1), dram_hit_rates=(0.1, 0.0)).stable_fingerprint()
+    assert tier.of_shards([1, 0, 1]) == params(
+        slots=(4, 3, 4),
+        row_bytes=(8, 8, 8),
+        hit_rates=(0.75, 0.5, 0.75),
+        dram_slots=(0, 5, 0),
+        dram_hit_rates=(0.0, 0.1, 0.0),
+    )
+    with pytest.raises(ConfigError, match="dram_slots needs one entry"):
+        params(dram_slots=(1,))
 
 
 def test_newer_plans_are_refused() -> None:

@@ -24,8 +24,15 @@ Plan = list[ShardingOption]
 class Case:
     """A model of a few tables whose every plan can be tried."""
 
-    def __init__(self, device: str, fast: int, tables: list[tuple[str, int, int, float, float]], batches: int) -> None:
-        """`tables`: name, rows, dim, lookups of a sample, Zipf exponent."""
+    def __init__(
+        self,
+        device: str,
+        fast: int,
+        tables: list[tuple[str, int, int, float, float]],
+        batches: int,
+        dram: float | None = None,
+    ) -> None:
+        """`tables`: name, rows, dim, lookups of a sample, Zipf exponent. `dram`: GiB of a rank's tier."""
         self.finished: Plan = []
         self.where = topology(device, 2, fast=fast)
         self.batches = batches
@@ -38,7 +45,7 @@ class Case:
             ssd=SLOW,
             callbacks=[self._keep],
         )
-        self.planner.plan(Model(*((name, rows, dim) for name, rows, dim, _, _ in tables)), sharders())
+        self.planner.plan(Model(*((name, rows, dim) for name, rows, dim, _, _ in tables)), sharders(dram))
 
     def _keep(self, plan: Plan) -> Plan:
         self.finished = plan
@@ -48,14 +55,7 @@ class Case:
         return {device.rank: device.storage for device in self.where.devices}
 
     def shared(self, plan: Plan) -> Plan:
-        return share_leftover(
-            plan,
-            self.available(),
-            self.where.compute_device,
-            demand=self.planner._demand,
-            access=self.planner._access,
-            ssd=SLOW,
-        )
+        return share_leftover(plan, self.available(), self.planner._terms)
 
     def rate(self, plan: Plan) -> float:
         """Of a plan whose leftover memory is shared."""
@@ -83,8 +83,10 @@ def own(plan: Any) -> Plan:
     return copies
 
 
+GPU_TABLES = [("a", 187_502, 256, 1.0, 1.05), ("b", 400_000, 128, 3.0, 0.6), ("c", 50_000, 64, 10.0, 1.05)]
+
 # In the first, a table that just fits in memory would leave the skewed one next to no slots.
-CASES = {
+CASES: dict[str, tuple[Any, ...]] = {
     "starved": (
         "cpu",
         233 * MB,
@@ -92,12 +94,9 @@ CASES = {
         1,
     ),
     "even": ("cpu", 3 * MB, [("a", 1_084, 8, 1.0, 0.0), ("b", 34_182, 16, 1.0, 0.0), ("c", 103_808, 16, 1.0, 1.3)], 2),
-    "gpu": (
-        "cuda",
-        GB // 5,
-        [("a", 187_502, 256, 1.0, 1.05), ("b", 400_000, 128, 3.0, 0.6), ("c", 50_000, 64, 10.0, 1.05)],
-        2,
-    ),
+    "gpu": ("cuda", GB // 5, GPU_TABLES, 2),
+    "gpu with a small tier": ("cuda", GB // 5, GPU_TABLES, 2, 0.05),
+    "gpu without a tier": ("cuda", GB // 5, GPU_TABLES, 2, 0.0),
 }
 
 

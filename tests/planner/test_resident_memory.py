@@ -130,7 +130,7 @@ def opened(
     if not budget:
         return module, int(TurboSSDInferenceModule.estimate_hbm_gb(specs) * GIB)
     slots = [module.slots["t"]]
-    planned = fast_bytes(specs_from(specs), slots, CPU_ALIGNMENT) + shard_host_bytes(slots[0], rows)
+    planned = fast_bytes(specs_from(specs), slots, CPU_ALIGNMENT) + shard_host_bytes(rows, 132)
     return module, planned
 
 

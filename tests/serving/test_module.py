@@ -144,25 +144,6 @@ def test_bad_tables(specs: list[Any], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.gpu
-def test_a_dram_budget_warns_on_a_gpu(tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match="dram_budget_gb"):
-        build(SPECS, tmp_path, device="cuda", dram_budget_gb=1.0).close()
-
-
-def test_a_dram_budget_adds_slots_on_a_cpu(tmp_path: Path) -> None:
-    specs = [("hot", 100_000, 16, SparseType.INT8), ("cold", 100_000, 16, SparseType.INT8)]
-    access = {"hot": AccessProfile.zipf(100_000, 1.3), "cold": AccessProfile.zipf(100_000, 0.3)}
-    with build(specs, tmp_path, cache_hit_rate=0.5, access=access, device="cpu") as module:
-        before, taken = module.slots, module.tbe.rows.nbytes
-    more = 500_000
-    with build(specs, tmp_path, 0.0, 0.5, access=access, device="cpu", dram_budget_gb=more / GIB) as module:
-        assert all(module.slots[name] >= count for name, count in before.items())
-        assert more - 100 < module.tbe.rows.nbytes - taken <= more
-    with build(specs, tmp_path, 0.0, 0.5, access=access, device="cpu", dram_budget_gb=1.0) as module:
-        assert module.slots == {"hot": 100_000, "cold": 100_000}
-
-
 def test_slots_follow_profile_and_budget(tmp_path: Path) -> None:
     specs = [("hot", 100_000, 16, SparseType.INT8), ("cold", 100_000, 16, SparseType.INT8)]
     access = {"hot": AccessProfile.zipf(100_000, 1.3), "cold": AccessProfile.zipf(100_000, 0.3)}
@@ -191,7 +172,7 @@ def test_estimate_counts_the_slot_map() -> None:
 def test_what_a_module_says_of_itself(module: TurboSSDInferenceModule, tmp_path: Path) -> None:
     assert module.embedding_specs == SPECS
     assert module.max_D_cache == 16
-    assert module.slots == {"a": 50, "b": 20}
+    assert module.slots == {"a": 50, "b": 20} and module.dram_slots == {"a": 0, "b": 0}
     assert module.directory == tmp_path / "m"
     assert module.get_read_hit_rate_stats() == (0, 0, 0)
     module(ids(1, 1, 2, 3), ids(0, 3, 4))

@@ -18,6 +18,8 @@ from torchrec_turbossd.tbe.slot_memory import TrainingMemory
 from torchrec_turbossd.tbe.training import TrainingOptions, TurboSSDTableBatchedEmbeddingBags, row_state
 
 ROWS, DIMS, FEATURES, BATCH = (500, 300), (8, 16), (0, 0, 1), 8
+DRAM_SLOTS: tuple[int, int] | None = None
+"""Of the DRAM tier behind the slots; where a test has one."""
 OPTIMIZERS = [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD]
 
 
@@ -52,7 +54,7 @@ class Pair:
         self.store = MemoryRowStore({s.key: s.row_bytes for s in self.shards})
         options = TrainingOptions(pooling_mode=pooling, tbe_args=tbe_args)
         self.ours = TurboSSDTableBatchedEmbeddingBags(
-            self.shards, slots, FEATURES, self.store, device=device, options=options
+            self.shards, slots, FEATURES, self.store, device=device, options=options, dram_slots=DRAM_SLOTS
         )
         cuda = device != "cpu"
         where = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)

@@ -17,11 +17,6 @@ DIM_BYTES = 8 * 4 + 4
 """Of a row of the first table: weights, and row-wise state."""
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param) + (":0" if request.param == "cuda" else "")
-
-
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():

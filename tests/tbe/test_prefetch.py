@@ -19,11 +19,6 @@ from torchrec_turbossd.tbe.slot_memory import TrainingMemory
 PATIENCE_S = 20.0
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param) + (":0" if request.param == "cuda" else "")
-
-
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():

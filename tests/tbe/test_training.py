@@ -22,16 +22,12 @@ from torchrec_turbossd.errors import (
     UnsupportedError,
 )
 from torchrec_turbossd.tables import weight_bytes
+from torchrec_turbossd.tbe.cached_rows import CachedRows
 from torchrec_turbossd.tbe.layout import Bounds
 from torchrec_turbossd.tbe.training import ROW_STATE, TurboSSDTableBatchedEmbeddingBags, row_state
 
 DIM_BYTES = 8 * 4 + 4
 """Of a row of the first table: weights, and row-wise state."""
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param) + (":0" if request.param == "cuda" else "")
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +100,9 @@ def test_pins_end_with_the_graph(device: str) -> None:
     with torch.no_grad():
         pair.ours(*pair.batch(2))
     assert pair.ours.rows.cache.pinned_slots == 0
-    assert not pair.ours.rows.cache.dirty(0)[0].numel()
+    if isinstance(pair.ours.rows, CachedRows):
+        # A GPU marks rows when it looks them up.
+        assert not pair.ours.rows.cache.dirty(0)[0].numel()
 
 
 def test_a_second_backward_is_refused(device: str) -> None:

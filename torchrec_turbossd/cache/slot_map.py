@@ -22,6 +22,11 @@ class SlotMap:
         else:
             self._slots = torch.zeros(rows, dtype=torch.int32, device=device)
 
+    @property
+    def entries(self) -> Tensor:
+        """The map itself: [rows] int32, on its device."""
+        return self._slots
+
     def get(self, ids: Tensor) -> Tensor:
         """Slots of `ids` [N] int64: [N] int32, 0 for absent."""
         return self._slots.index_select(0, ids)

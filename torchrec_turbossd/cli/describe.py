@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torchrec.distributed.planner.types import ShardingOption, Topology
 from torchrec.distributed.types import ShardingPlan
@@ -27,12 +26,13 @@ from torchrec_turbossd.cli.report import (
 from torchrec_turbossd.cli.spec import PlanSpec, TableEntry
 from torchrec_turbossd.planner import TURBO_SSD, PlanRow, describe_plan
 from torchrec_turbossd.planner.access import Access
+from torchrec_turbossd.planner.budget import Terms, budget_item
 from torchrec_turbossd.planner.demand import Demand, row_bytes
 from torchrec_turbossd.planner.kernel import KEY_VALUE, fast_memory
 from torchrec_turbossd.planner.report import planned_store_bytes
-from torchrec_turbossd.planner.ssd import SsdSpeed
-from torchrec_turbossd.sizing import BudgetItem, slot_bytes, split_budget
-from torchrec_turbossd.tables import MAX_SLOTS
+from torchrec_turbossd.planner.ssd import MissPrice, SsdSpeed
+from torchrec_turbossd.sizing import BudgetItem, split_budget
+from torchrec_turbossd.sizing.memory import most_slots
 
 _MIB, _GIB = 2**20, 2**30
 _ON_SSD = {TURBO_SSD, KEY_VALUE}
@@ -68,6 +68,16 @@ class Made:
         return fast_memory(self.topology.compute_device)
 
     @property
+    def terms(self) -> Terms:
+        """What the caches were sized by."""
+        return Terms(
+            compute_device=self.topology.compute_device,
+            demand=self.demand,
+            access=self.access,
+            price=MissPrice.of(self.topology, self.ssd),
+        )
+
+    @property
     def memory(self) -> str:
         """The same, as people call it."""
         return "HBM" if self.fast == "hbm" else "DRAM"
@@ -90,6 +100,7 @@ def describe(
         lookups=sum(table.lookups for table in tables),
         hit_rate=_mean_rate((table.hit_rate, table.lookups) for table in tables),
         hit_rate_on_ssd=_mean_rate((table.hit_rate, table.lookups) for table in on_ssd) if on_ssd else None,
+        dram_hit_rate_on_ssd=_mean_rate((table.dram_hit_rate, table.lookups) for table in on_ssd) if on_ssd else None,
         step_ms=slowest.step_ms,
         slowest_rank=slowest.rank,
         ranks=ranks,
@@ -137,6 +148,8 @@ def _table(
         slots=sum(slots) if slots else None,
         slot_share=sum(slots) / max(1, sum(shard.rows for shard in shards)) if slots else 1.0,
         hit_rate=_mean_rate((shard.hit_rate, shard.lookups) for shard in shards),
+        dram_slots=sum(shard.dram_slots for shard in shards),
+        dram_hit_rate=_mean_rate(((shard.dram_hit_rate, shard.lookups) for shard in shards), none=0.0),
         lookups=lookups,
         memory_bytes=memory,
         lookups_per_mib=lookups * _MIB / memory,
@@ -162,6 +175,8 @@ def _shard(made: Made, option: ShardingOption, number: int, row: PlanRow) -> Sha
         row_bytes=row_bytes(option.tensor, int(shard.size[1]), _fused_params(made, option)),
         slots=row.slots,
         hit_rate=1.0 if row.hit_rate is None else row.hit_rate,
+        dram_slots=row.dram_slots or 0,
+        dram_hit_rate=row.dram_hit_rate or 0.0,
         lookups=made.demand.lookups(option, shard) / replicas,
         fast_bytes=in_fast,
         dram_bytes=int(shard.storage.ddr) if made.fast == "hbm" else 0,
@@ -250,34 +265,36 @@ def _one_more_gib(made: Made, tables: Sequence[TableReport]) -> OneMoreGib | Non
         if table.tier != "SSD" or option.cache_params.fixed:
             continue
         for n, shard in enumerate(table.shards):
-            if shard.slots is not None and shard.slots < min(shard.rows, MAX_SLOTS):
-                items.setdefault(shard.rank, {})[number, n] = _item(made, option, n, shard)
+            if shard.slots is not None and shard.slots < most_slots(shard.rows, made.topology.compute_device):
+                items.setdefault(shard.rank, {})[number, n] = budget_item(option, n, made.terms)
     if not items:
         return None
-    rates: dict[tuple[int, int], float] = {}
+    slots: dict[tuple[int, int], int] = {}
     for wanted in items.values():
-        floors = sum(item.bytes_for(item.floor_slots) for item in wanted.values())
-        for key, slots in split_budget(wanted, _GIB + floors).items():
-            rates[key] = float(wanted[key].curve.hit_rate(np.array([slots], dtype=np.float64))[0])
+        slots.update(split_budget(wanted, _GIB + sum(item.bytes_for(item.floor_slots) for item in wanted.values())))
     hits, ssd = 0.0, {device.rank: 0.0 for device in made.topology.devices}
-    for number, table in enumerate(tables):
-        then = [(rates.get((number, n), shard.hit_rate), shard) for n, shard in enumerate(table.shards)]
-        hits += table.lookups * _mean_rate((rate, shard.lookups) for rate, shard in then)
-        for rate, shard in then:
-            ssd[shard.rank] += shard.ms.ssd * ((1 - rate) / (1 - shard.hit_rate) if shard.hit_rate < 1 else 1.0)
+    for number, (option, table) in enumerate(zip(made.options, tables, strict=True)):
+        then = [_with_slots(made, option, n, s, slots.get((number, n))) for n, s in enumerate(table.shards)]
+        hits += table.lookups * _mean_rate(
+            (rate, shard.lookups) for (rate, _), shard in zip(then, table.shards, strict=True)
+        )
+        for (_, ms), shard in zip(then, table.shards, strict=True):
+            ssd[shard.rank] += ms
     now = [sum(s.ms.ssd for table in tables for s in table.shards if s.rank == rank) for rank in ssd]
     lookups = sum(table.lookups for table in tables)
     return OneMoreGib(hit_rate=hits / lookups if lookups else 1.0, ssd_ms=max(ssd.values()), ssd_ms_now=max(now))
 
 
-def _item(made: Made, option: ShardingOption, number: int, shard: ShardReport) -> BudgetItem:
-    return BudgetItem(
-        bytes_per_slot=slot_bytes(shard.row_bytes, made.topology.compute_device),
-        curve=made.access.curve(option, option.shards[number]),
-        weight=shard.lookups * made.ssd.miss_ms(shard.row_bytes),
-        floor_slots=shard.slots or 0,
-        max_slots=min(shard.rows, MAX_SLOTS),
-    )
+def _with_slots(
+    made: Made, option: ShardingOption, number: int, shard: ShardReport, slots: int | None
+) -> tuple[float, float]:
+    """Hit rate of a shard and ms of its misses with other slots, and the DRAM tier as it is."""
+    if slots is None:
+        return shard.hit_rate, shard.ms.ssd
+    place = option.shards[number]
+    rate = made.access.hit_rate(option, place, slots)
+    both = made.access.hit_rate(option, place, slots + shard.dram_slots)
+    return rate, made.terms.price.ms(shard.lookups, shard.row_bytes, rate, both - rate)
 
 
 def _machine(made: Made, spec: PlanSpec) -> MachineReport:
@@ -316,11 +333,11 @@ def _data_type(option: ShardingOption) -> str:
     return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(name, name)
 
 
-def _mean_rate(weighed: Iterable[tuple[float, float]]) -> float:
-    """Rates weighed by lookups; 1 where there are none."""
+def _mean_rate(weighed: Iterable[tuple[float, float]], none: float = 1.0) -> float:
+    """Rates weighed by lookups; `none` where there are no lookups."""
     pairs = list(weighed)
     lookups = sum(weight for _, weight in pairs)
-    return sum(rate * weight for rate, weight in pairs) / lookups if lookups else 1.0
+    return sum(rate * weight for rate, weight in pairs) / lookups if lookups else none
 
 
 __all__ = ["Made", "describe"]

@@ -16,7 +16,7 @@ from torchrec_turbossd.sizing.json_file import check_keys, only_corrupt, read_js
 FORMAT = "torchrec_turbossd plan"
 FORMAT_VERSION = 1
 
-_SHARES = {"hit_rate", "hit_rate_on_ssd", "slot_share", "reserve"}
+_SHARES = {"hit_rate", "hit_rate_on_ssd", "dram_hit_rate", "dram_hit_rate_on_ssd", "slot_share", "reserve"}
 _MAY_BE_BELOW_0 = {"fast_free_bytes"}
 
 
@@ -27,7 +27,7 @@ class Milliseconds:
     Attributes:
         compute: lookups, gradients and updates, with every row in memory.
         communication: ids, rows and gradients between ranks.
-        ssd: reads of rows that are not in a slot.
+        ssd: reads of rows that are not in a slot: from SSD, and on a GPU from DRAM.
         total: of all, one after the other.
     """
 
@@ -55,6 +55,8 @@ class ShardReport:
         row_bytes: weights and optimizer state of one of its rows.
         slots: rows of fast memory, where the others are on SSD; null where all are in memory.
         hit_rate: predicted share of lookups, repeated ones included, whose row is in fast memory.
+        dram_slots: rows that the DRAM tier of a GPU keeps besides those in slots; 0 where it has none.
+        dram_hit_rate: predicted share of lookups whose row is there.
         lookups: of one global batch that it answers.
         fast_bytes, dram_bytes, ssd_bytes: it takes of fast memory, of DRAM beside HBM, and of SSD once every row has
             been written.
@@ -70,6 +72,8 @@ class ShardReport:
     row_bytes: int
     slots: int | None
     hit_rate: float
+    dram_slots: int
+    dram_hit_rate: float
     lookups: float
     fast_bytes: int
     dram_bytes: int
@@ -94,6 +98,7 @@ class TableReport:
         slots: of all parts; null where all rows are in memory.
         slot_share: share of its rows, or parts of rows, that have a slot.
         hit_rate: predicted, per lookup.
+        dram_slots, dram_hit_rate: of all parts: rows in the DRAM tier of a GPU, and lookups whose row is there.
         lookups: of one global batch.
         memory_bytes: fast memory that it would take, or takes, with all rows there: weights and optimizer state.
         lookups_per_mib: of a global batch, for each MiB of `memory_bytes`: tables with the fewest go to SSD first.
@@ -118,6 +123,8 @@ class TableReport:
     slots: int | None
     slot_share: float
     hit_rate: float
+    dram_slots: int
+    dram_hit_rate: float
     lookups: float
     memory_bytes: int
     lookups_per_mib: float
@@ -231,6 +238,8 @@ class PlanReport:
         lookups: of one global batch.
         hit_rate: predicted share of them, repeated ones included, whose row is in fast memory.
         hit_rate_on_ssd: the same of the tables on SSD alone; null where there is none.
+        dram_hit_rate_on_ssd: predicted share of the lookups of these whose row is in the DRAM tier of a GPU; null
+            where there is no such table.
         step_ms: expected time of the slowest rank.
         slowest_rank: which that is.
         ranks, tables: all of them.
@@ -245,6 +254,7 @@ class PlanReport:
     lookups: float
     hit_rate: float
     hit_rate_on_ssd: float | None
+    dram_hit_rate_on_ssd: float | None
     step_ms: float
     slowest_rank: int
     ranks: list[RankReport]

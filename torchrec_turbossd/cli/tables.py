@@ -78,14 +78,25 @@ def _expected(report: PlanReport) -> str:
     prefetched = report.batches_in_flight > 1 and slowest.ms.ssd > 0
     beside = ", side by side, as batches are prefetched" if prefetched else ""
     of_ssd = "" if on_ssd is None else f", {on_ssd:.2%} of those of tables on SSD"
+    if report.dram_hit_rate_on_ssd:
+        of_ssd += f", {report.dram_hit_rate_on_ssd:.2%} more in DRAM"
     return (
         f"{_of_a_rank(report.machine)}; {report.machine.reserve:.0%} of {memory} kept back for other things than "
         "tables.\n"
         f"Expected: {report.hit_rate:.2%} of {human_count(report.lookups)} lookups of a step find their row in {memory}"
         f"{of_ssd}. The tables' part of a step takes {human_ms(report.step_ms)} ms on rank {report.slowest_rank}, the "
         f"slowest: {human_ms(slowest.ms.total - slowest.ms.ssd)} for compute and network, "
-        f"{human_ms(slowest.ms.ssd)} for SSD{beside}."
+        f"{human_ms(slowest.ms.ssd)} for {_slower(report)}{beside}."
     )
+
+
+def _slower(report: PlanReport) -> str:
+    """What rows come from that are not in a slot."""
+    return "DRAM and SSD" if _has_tier(report) else "SSD"
+
+
+def _has_tier(report: PlanReport) -> bool:
+    return any(table.dram_slots for table in report.tables)
 
 
 def _of_a_rank(machine: MachineReport) -> str:
@@ -109,7 +120,7 @@ def _print_ranks(out: Console, report: PlanReport, top: int | None) -> None:
         _Column("hit rate", lambda rank: f"{rank.hit_rate:.2%}", 2),
         _Column("compute ms", lambda rank: human_ms(rank.ms.compute), 7),
         _Column("network ms", lambda rank: human_ms(rank.ms.communication), 8),
-        _Column("SSD ms", lambda rank: human_ms(rank.ms.ssd), 1),
+        _Column("miss ms" if _has_tier(report) else "SSD ms", lambda rank: human_ms(rank.ms.ssd), 1),
         _Column("step ms", lambda rank: human_ms(rank.step_ms)),
     ]
     if any(rank.dram_used_bytes for rank in report.ranks):
@@ -140,6 +151,11 @@ def _print_tables(out: Console, report: PlanReport, top: int | None) -> None:
     ]
     if any(table.dram_bytes for table in report.tables):
         columns.insert(9, _Column("DRAM", lambda table: _or_dash(table.dram_bytes), 9))
+    if _has_tier(report):
+        columns.insert(
+            8, _Column("in DRAM", lambda table: human_count(table.dram_slots) if table.dram_slots else "-", 8)
+        )
+        columns.insert(-1, _Column("from DRAM", lambda table: f"{table.dram_hit_rate:.2%}" if table.slots else "-", 1))
     order = sorted(report.tables, key=lambda t: (-t.ms.total, -t.fast_bytes - t.ssd_bytes, t.module, t.name))
     _print(out, "Tables, those that take longest first", columns, order[:top])
     rest = order[top:] if top is not None else []
@@ -159,8 +175,8 @@ def _explanations(report: PlanReport) -> list[str]:
     if more is not None:
         lines.append(
             f"One more GiB of {memory} on each rank, with the tables where they are: {more.hit_rate:.2%} of lookups "
-            f"instead of {report.hit_rate:.2%}, and at most {human_ms(more.ssd_ms)} ms for SSD on a rank instead of "
-            f"{human_ms(more.ssd_ms_now)}."
+            f"instead of {report.hit_rate:.2%}, and at most {human_ms(more.ssd_ms)} ms for {_slower(report)} on a rank "
+            f"instead of {human_ms(more.ssd_ms_now)}."
         )
     stores = max(rank.store_bytes for rank in report.ranks)
     if stores:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -43,8 +42,9 @@ class ServingConfig:
             for a table declared otherwise.
         output_dtype: FP32, FP16 or BF16.
         device: where the slots are; None: the current CUDA device where there is one, else the CPU.
-        dram_budget_gb: GiB of DRAM for more slots, beyond the target hit rate, on a CPU machine. On a GPU there is no
-            DRAM tier in this release: anything but 0 warns and is not used.
+        dram_budget_gb: GiB of DRAM that hold more rows, beyond the target hit rate, where they save the most misses. On
+            a GPU it is pinned memory between slots and SSD, for rows without a slot; 4096 rows of each table (or all)
+            are there in any case, on top where this is 0, else within it. On a CPU machine it is more slots.
         access: what is really asked for, by table; others are taken as Zipf 1.05 (`DEFAULT_ZIPF_ALPHA`).
         default_row: the value of rows never written, a number for every element or an `InitRule`, for all tables or by
             name. It overrides the snapshot's; None: the snapshot's, and zeros in a new store.
@@ -79,13 +79,6 @@ class ServingConfig:
             raise ConfigError(f"ssd_shards must be at least 1, got {self.ssd_shards}")
         if self.name is not None:
             _check_name(self.name)
-        if self.dram_budget_gb and self.resolved_device().type == "cuda":
-            warnings.warn(
-                f"dram_budget_gb={self.dram_budget_gb} is not used on a GPU: rows are in slots or on SSD, and the "
-                "operating system's page cache is the only tier between them; leave it at 0",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
     @property
     def rocks_options(self) -> RocksOptions:

@@ -43,7 +43,7 @@ from torchrec_turbossd.snapshot.hot import read_hot_rows, write_hot_rows
 from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.store.layered import LayeredRowStore
 from torchrec_turbossd.tables import TableShard, TableSpec
-from torchrec_turbossd.tbe.serving_rows import ServingRows
+from torchrec_turbossd.tbe.served_rows import ServedRows
 from torchrec_turbossd.tbe.successor import Successor
 
 _PART, _HOT = "part-0", "hot"
@@ -67,7 +67,7 @@ class LiveRows:
         self._carried: CarriedUpdates | None = None
         self._building: GenerationBuilder | None = None
         self._plain = list(tables)
-        self._rows: ServingRows | None = None
+        self._rows: ServedRows | None = None
         self._closed = self._told = False
         self._generations = Generations(config.ssd_directory, config.name)
         try:
@@ -116,13 +116,13 @@ class LiveRows:
         return self._live.info.version
 
     @property
-    def rows(self) -> ServingRows:
+    def rows(self) -> ServedRows:
         """The slots in front of the store, given once by `serve`."""
         if self._rows is None:
             raise ClosedError("no slots serve these rows yet")
         return self._rows
 
-    def serve(self, rows: ServingRows) -> None:
+    def serve(self, rows: ServedRows) -> None:
         """From now on `rows`, made on `store`, are the slots."""
         self._rows = rows
 

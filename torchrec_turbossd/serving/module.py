@@ -16,13 +16,25 @@ from torchrec_turbossd.metrics import TableReads
 from torchrec_turbossd.serving.builder import GenerationBuilder
 from torchrec_turbossd.serving.config import ServingConfig, check_access, check_hit_rate, for_specs
 from torchrec_turbossd.serving.live import LiveRows
-from torchrec_turbossd.serving.sizing import CUDA_ALIGNMENT, GIB, fast_bytes, plan_slots, slots_for_hit_rate
+from torchrec_turbossd.serving.sizing import (
+    CUDA_ALIGNMENT,
+    GIB,
+    fast_bytes,
+    plan_dram_slots,
+    plan_slots,
+    slots_for_hit_rate,
+)
 from torchrec_turbossd.serving.updates import check_version, max_row_width, parse_update
 from torchrec_turbossd.sizing import RECORDED_EVENTS, AccessProfile, AccessSample
+from torchrec_turbossd.sizing.memory import has_dram_tier
+from torchrec_turbossd.sizing.shortage import named_budgets
 from torchrec_turbossd.snapshot import Manifest
 from torchrec_turbossd.tables import TableShard, TableSpec, specs_from
 from torchrec_turbossd.tbe.recording import of_whole_tables
 from torchrec_turbossd.tbe.serving import ServingOptions, TurboSSDIntNBitTableBatchedEmbeddingBags
+
+_FEWER_SLOTS = "lower hbm_budget_gb (0 sets no limit), cache_hit_rate or, on a CPU machine, dram_budget_gb"
+_FEWER_ROWS = "lower dram_budget_gb"
 
 
 class TurboSSDInferenceModule(nn.Module):
@@ -42,19 +54,24 @@ class TurboSSDInferenceModule(nn.Module):
         config.check_tables(tables)
         device = config.resolved_device()
         slots = plan_slots(tables, config, device)
+        on_gpu = has_dram_tier(device.type)
+        self._dram_slots = plan_dram_slots(tables, slots, config) if on_gpu else None
+        tier: dict[str, Any] = {"dram_slots": self._dram_slots} if on_gpu else {}
         self.config = config
         self._live = LiveRows(tables, config)
         # Also when the module is dropped without `close`, or the process ends.
         weakref.finalize(self, self._live.close)
         try:
-            self.tbe = TurboSSDIntNBitTableBatchedEmbeddingBags(
-                [TableShard.whole(t) for t in self._live.tables],
-                slots,
-                range(len(tables)) if config.feature_table_map is None else config.feature_table_map,
-                self._live.store,
-                device=device,
-                options=ServingOptions(pooling_mode=config.pooling_mode, output_dtype=config.output_dtype),
-            )
+            with named_budgets(device, _FEWER_SLOTS, _FEWER_ROWS):
+                self.tbe = TurboSSDIntNBitTableBatchedEmbeddingBags(
+                    [TableShard.whole(t) for t in self._live.tables],
+                    slots,
+                    range(len(tables)) if config.feature_table_map is None else config.feature_table_map,
+                    self._live.store,
+                    device=device,
+                    options=ServingOptions(pooling_mode=config.pooling_mode, output_dtype=config.output_dtype),
+                    **tier,
+                )
         except BaseException:
             self._live.close()
             raise
@@ -71,7 +88,8 @@ class TurboSSDInferenceModule(nn.Module):
         Raises:
             ConfigError, UnsupportedError: an argument that cannot be honoured; or `name` lacks one of the tables, or
                 has it in another size or type (tables of `name` that are not asked for are kept).
-            BudgetError: `hbm_budget_gb` does not hold the least slots.
+            BudgetError: `hbm_budget_gb` does not hold the least slots, `dram_budget_gb` on a GPU the least rows, or
+                memory ran out: it says which of them to lower.
             UnknownTableError: `access` or `default_row` names no table.
             StoreError, StoreLockedError, ForeignDirectoryError, CorruptError: the directory.
         """
@@ -89,7 +107,8 @@ class TurboSSDInferenceModule(nn.Module):
         tables = specs_from(specs)
         check_hit_rate(cache_hit_rate)
         check_access(tables, access)
-        return fast_bytes(tables, slots_for_hit_rate(tables, cache_hit_rate, access), CUDA_ALIGNMENT) / GIB
+        slots = slots_for_hit_rate(tables, cache_hit_rate, access, CUDA_ALIGNMENT)
+        return fast_bytes(tables, slots, CUDA_ALIGNMENT) / GIB
 
     def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """Look a batch up in TBE convention.
@@ -232,6 +251,12 @@ class TurboSSDInferenceModule(nn.Module):
     def slots(self) -> dict[str, int]:
         """Rows of each table that fit in fast memory."""
         return {t.name: n for t, n in zip(self._live.tables, self.tbe.rows.cache.slots, strict=True)}
+
+    @property
+    def dram_slots(self) -> dict[str, int]:
+        """Rows of each table that the DRAM tier of a GPU keeps besides those in slots; 0 without `dram_budget_gb`, and
+        on a CPU machine."""
+        return {t.name: self._dram_slots[n] if self._dram_slots else 0 for n, t in enumerate(self._live.tables)}
 
     @property
     def embedding_specs(self) -> list[tuple[str, int, int, SparseType]]:

@@ -1,4 +1,4 @@
-"""How many slots each table of a serving module gets."""
+"""How many slots each table of a serving module gets, and on a GPU how many rows of DRAM behind them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import rounded_row_size_in_bytes
 
+from torchrec_turbossd.errors import BudgetError
 from torchrec_turbossd.serving.config import ServingConfig
 from torchrec_turbossd.sizing import (
     SLOT_MAP_BYTES_PER_ROW,
     AccessProfile,
     BudgetItem,
     HitRateCurve,
+    TierCurve,
     shard_fast_bytes,
     slot_bytes,
     split_budget,
 )
-from torchrec_turbossd.tables import MAX_SLOTS, TableSpec
+from torchrec_turbossd.sizing.memory import dram_row_bytes, least_dram_slots, most_dram_slots, most_slots
+from torchrec_turbossd.tables import TableSpec
 
 LEAST_SLOTS = 1024
 """A table gets at least this many slots, or one for each of its rows, so that a small batch fits."""
@@ -39,8 +42,7 @@ def padded_row_bytes(dim: int, data_type: SparseType, alignment: int) -> int:
 def fast_bytes(tables: Sequence[TableSpec], slots: Sequence[int], alignment: int) -> int:
     """Bytes of fast memory: slots, the reserved one of each table, bookkeeping, and the slot map over all rows.
 
-    Of the bookkeeping on a CUDA device only what is there: `HOST_BYTES_PER_SLOT` of each slot are the host's. Batches
-    in flight come on top, and while a generation is exchanged the bookkeeping of the other one's slots.
+    Batches in flight come on top, and while a generation is exchanged the bookkeeping of the other one's slots.
     """
     return sum(
         shard_fast_bytes(count, t.rows, padded_row_bytes(t.dim, t.data_type, alignment), _DEVICES[alignment])
@@ -49,7 +51,7 @@ def fast_bytes(tables: Sequence[TableSpec], slots: Sequence[int], alignment: int
 
 
 def slots_for_hit_rate(
-    tables: Sequence[TableSpec], hit_rate: float, access: Mapping[str, AccessProfile] | None
+    tables: Sequence[TableSpec], hit_rate: float, access: Mapping[str, AccessProfile] | None, alignment: int
 ) -> list[int]:
     """The least slots of each table that reach `hit_rate` per lookup, `LEAST_SLOTS` or more where it has the rows.
 
@@ -57,7 +59,8 @@ def slots_for_hit_rate(
     reach it, the least that do as well as any others, with a warning.
     """
     wanted = [_slots_for(t, _curve(t, access), hit_rate) for t in tables]
-    return [min(max(count, LEAST_SLOTS), t.rows, MAX_SLOTS) for count, t in zip(wanted, tables, strict=True)]
+    most = [most_slots(t.rows, _DEVICES[alignment]) for t in tables]
+    return [min(max(count, LEAST_SLOTS), limit) for count, limit in zip(wanted, most, strict=True)]
 
 
 def _slots_for(table: TableSpec, curve: HitRateCurve, hit_rate: float) -> int:
@@ -85,15 +88,44 @@ def plan_slots(tables: Sequence[TableSpec], config: ServingConfig, device: torch
         BudgetError: `hbm_budget_gb` does not hold slot map, bookkeeping and `LEAST_SLOTS` of each table.
     """
     alignment = CUDA_ALIGNMENT if device.type == "cuda" else CPU_ALIGNMENT
-    slots = slots_for_hit_rate(tables, config.cache_hit_rate, config.access)
+    slots = slots_for_hit_rate(tables, config.cache_hit_rate, config.access, alignment)
     if config.hbm_budget_gb and fast_bytes(tables, slots, alignment) > int(config.hbm_budget_gb * GIB):
         least = [min(LEAST_SLOTS, t.rows) for t in tables]
         slots = _split(tables, config, alignment, (least, slots), int(config.hbm_budget_gb * GIB))
     if config.dram_budget_gb and device.type == "cpu":
         budget = fast_bytes(tables, slots, alignment) + int(config.dram_budget_gb * GIB)
-        most = [min(t.rows, MAX_SLOTS) for t in tables]
+        most = [most_slots(t.rows) for t in tables]
         slots = _split(tables, config, alignment, (slots, most), budget)
     return slots
+
+
+def plan_dram_slots(tables: Sequence[TableSpec], slots: Sequence[int], config: ServingConfig) -> list[int] | None:
+    """Rows of each table that the DRAM tier of a GPU holds besides `slots`; None for no more than it always does.
+
+    `dram_budget_gb` is split for the most hits that slots and tier have together.
+
+    Raises:
+        BudgetError: `dram_budget_gb` does not hold the least rows of each table.
+    """
+    if not config.dram_budget_gb:
+        return None
+    items = {}
+    for table, weight, count in zip(tables, _weights(tables, config), slots, strict=True):
+        items[table.name] = BudgetItem(
+            bytes_per_slot=dram_row_bytes(table.row_bytes),
+            curve=TierCurve(_curve(table, config.access), count),
+            weight=weight,
+            floor_slots=least_dram_slots(table.rows),
+            max_slots=most_dram_slots(count, table.rows),
+        )
+    budget, least = int(config.dram_budget_gb * GIB), sum(item.bytes_for(item.floor_slots) for item in items.values())
+    if least > budget:
+        raise BudgetError(
+            f"dram_budget_gb={config.dram_budget_gb} are {budget:,} bytes; the {len(items)} tables take at least "
+            f"{least:,} bytes of pinned memory; raise it to {least / GIB:.4f} or more, or pass 0 for just those"
+        )
+    split = split_budget(items, budget)
+    return [split[t.name] for t in tables]
 
 
 def _split(
@@ -103,16 +135,9 @@ def _split(
     limits: tuple[Sequence[int], Sequence[int]],
     budget: int,
 ) -> list[int]:
-    """The best split of a budget in bytes, with at least and at most so many slots of each table.
-
-    Tables count by the lookups that their profiles were made from, where all of them say how many those were; else
-    alike.
-    """
+    """The best split of a budget in bytes, with at least and at most so many slots of each table."""
     items = {}
-    profiles = [(config.access or {}).get(table.name) for table in tables]
-    lookups = [profile.lookups if profile else 0 for profile in profiles]
-    weights = [float(count) for count in lookups] if all(lookups) else [1.0] * len(tables)
-    for table, weight, least, most in zip(tables, weights, *limits, strict=True):
+    for table, weight, least, most in zip(tables, _weights(tables, config), *limits, strict=True):
         per_slot = slot_bytes(padded_row_bytes(table.dim, table.data_type, alignment), _DEVICES[alignment])
         items[table.name] = BudgetItem(
             bytes_per_slot=per_slot,
@@ -124,6 +149,14 @@ def _split(
         )
     split = split_budget(items, budget)
     return [split[t.name] for t in tables]
+
+
+def _weights(tables: Sequence[TableSpec], config: ServingConfig) -> list[float]:
+    """Tables count by the lookups that their profiles were made from, where all of them say how many those were; else
+    alike."""
+    profiles = [(config.access or {}).get(table.name) for table in tables]
+    lookups = [profile.lookups if profile else 0 for profile in profiles]
+    return [float(count) for count in lookups] if all(lookups) else [1.0] * len(tables)
 
 
 def _curve(table: TableSpec, access: Mapping[str, AccessProfile] | None) -> HitRateCurve:
@@ -138,6 +171,7 @@ __all__ = [
     "LEAST_SLOTS",
     "fast_bytes",
     "padded_row_bytes",
+    "plan_dram_slots",
     "plan_slots",
     "slots_for_hit_rate",
 ]

@@ -134,4 +134,18 @@ class ShardCurve:
         return self._whole.hit_rate(slots * self._parts)
 
 
-__all__ = ["DEFAULT_POLICY", "Curve", "HitRateCurve", "ShardCurve"]
+class TierCurve:
+    """The curve of a slower tier behind a cache of `above` slots whose rows it does not hold as well.
+
+    Lookups that the slots answer count as hits: both together hit as often as one cache of all their rows.
+    """
+
+    def __init__(self, whole: Curve, above: int) -> None:
+        self._whole, self._above = whole, above
+
+    def hit_rate(self, slots: Floats, /) -> Floats:
+        """Hit rates of the slots and `slots` rows of this tier together."""
+        return self._whole.hit_rate(slots + self._above)
+
+
+__all__ = ["DEFAULT_POLICY", "Curve", "HitRateCurve", "ShardCurve", "TierCurve"]

@@ -41,8 +41,13 @@ class Batch:
     """
 
     def __init__(self, *, runs: list[Run], positions: Tensor | Callable[[], Tensor], ids: Tensor | None = None) -> None:
-        self.runs, self.ids = runs, ids
+        self._runs, self.ids = runs, ids
         self._positions = positions
+
+    @property
+    def runs(self) -> list[Run]:
+        """Which lookups belong to which table."""
+        return self._runs
 
     @property
     def positions(self) -> Tensor:
@@ -57,6 +62,32 @@ class Batch:
         for run in self.runs:
             counts[run.table] += run.stop - run.start
         return counts
+
+
+class UnplacedBatch(Batch):
+    """A batch of which a kernel has found, or will find, the slots; its positions are looked for when asked for.
+
+    Args:
+        layout: where it belongs. ids, offsets: as they were given. bags: of each feature.
+    """
+
+    def __init__(self, layout: Layout, ids: Tensor, offsets: Tensor, bags: int) -> None:
+        self._layout, self.indices, self.offsets, self.bags = layout, ids.contiguous(), offsets.contiguous(), bags
+        self._placed: Batch | None = None
+
+    def place(self) -> Batch:
+        """The batch with its ids judged; raises and warns as `Layout.place`."""
+        if self._placed is None:
+            self._placed = self._layout.place(self.indices, self.offsets)
+        return self._placed
+
+    @property
+    def runs(self) -> list[Run]:
+        return self.place().runs
+
+    @property
+    def positions(self) -> Tensor:
+        return self.place().positions
 
 
 class Layout:
@@ -93,7 +124,7 @@ class Layout:
         Raises `InputError` for dtype, shape, device or offsets that do not fit, `RowIndexError` for an id outside its
         table when bounds are RAISE. The caller's tensors are never changed.
         """
-        size = self._check_form(ids, offsets)
+        size = self.check_form(ids, offsets)
         if self.device.type == "cpu":
             runs, ids = self._runs(self._ends(offsets, size, ids.numel())), ids.to(torch.int64)
             if later:
@@ -101,7 +132,8 @@ class Layout:
             return Batch(runs=runs, ids=ids, positions=self._place_runs(ids, runs))
         return self._place_on_device(ids.to(torch.int64), offsets.to(torch.int64), size)
 
-    def _check_form(self, ids: Tensor, offsets: Tensor) -> int:
+    def check_form(self, ids: Tensor, offsets: Tensor) -> int:
+        """Raise `InputError` for what is wrong whatever the tensors hold; returns the bags of each feature."""
         for what, tensor in (("indices", ids), ("offsets", offsets)):
             if not isinstance(tensor, Tensor):
                 raise InputError(f"{what} must be a tensor, got {type(tensor).__name__}")
@@ -187,4 +219,4 @@ class Layout:
             warnings.warn(f"{said}; row 0 answers for it", RuntimeWarning, stacklevel=2)
 
 
-__all__ = ["Batch", "Bounds", "Layout", "Run"]
+__all__ = ["Batch", "Bounds", "Layout", "Run", "UnplacedBatch"]

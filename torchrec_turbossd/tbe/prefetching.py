@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from torchrec_turbossd.errors import CacheFullError
-from torchrec_turbossd.tbe.cached_rows import Arrival, CachedRows, Distinct, Fetched
 from torchrec_turbossd.tbe.layout import Batch
 from torchrec_turbossd.tbe.slot_memory import TrainingMemory
+from torchrec_turbossd.tbe.table_rows import Arriving, Distinct, Fetched, TableRows
 
 _MOST_PREFETCHED = 8
 
@@ -31,7 +31,7 @@ class TrainingRun:
 class _Waiting:
     """A prefetched batch that waits for its forward."""
 
-    def __init__(self, indices: Tensor, offsets: Tensor, version: int, arrival: Arrival) -> None:
+    def __init__(self, indices: Tensor, offsets: Tensor, version: int, arrival: Arriving) -> None:
         # Holding the tensor keeps its memory from being used again.
         self._indices, self._offsets, self._version = indices, offsets, version
         self.arrival = arrival
@@ -57,7 +57,7 @@ class Prefetcher:
         end: called with each run that was never used.
     """
 
-    def __init__(self, rows: CachedRows, device: torch.device, end: Callable[[TrainingRun], None]) -> None:
+    def __init__(self, rows: TableRows, device: torch.device, end: Callable[[TrainingRun], None]) -> None:
         self._rows, self._device, self._end = rows, device, end
         self._ready: deque[_Waiting] = deque()
         self._arriving: tuple[Future[None], _Waiting] | None = None
@@ -70,7 +70,7 @@ class Prefetcher:
     def start(self, indices: Tensor, offsets: Tensor) -> None:
         """Let the rows of a batch come; one that does not fit beside those in flight is left to its forward."""
         self.settle()
-        batch = self._rows.layout.place(indices, offsets)
+        batch = self._rows.place(indices, offsets)
         try:
             arrival = self._rows.choose(batch)
         except CacheFullError:
@@ -85,7 +85,7 @@ class Prefetcher:
             # Nobody came for it; its pins would stay for ever.
             self._end(self._ready.popleft().run)
 
-    def _submit(self, arrival: Arrival) -> Future[None]:
+    def _submit(self, arrival: Arriving) -> Future[None]:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="turbossd-prefetch")
         if self._stream is not None:
@@ -103,7 +103,7 @@ class Prefetcher:
         self._arriving = None
         arrival = waiting.arrival
         # Made on the prefetch stream, and used on this one.
-        self._record(arrival.found, arrival.here, arrival.batch.positions)
+        self._record(*arrival.tensors())
         try:
             arrived.result()
         except Exception:
@@ -124,7 +124,7 @@ class Prefetcher:
                 self._rows.count(waiting.arrival)
                 if waiting.run.fetched is not None:
                     # In use until backward ends.
-                    self._record(waiting.run.fetched.slots, waiting.run.fetched.at)
+                    self._record(waiting.run.fetched.slots)
                 return waiting.run
         return None
 
@@ -150,7 +150,7 @@ class Prefetcher:
             self._threads = None
 
 
-def _bring(rows: CachedRows, arrival: Arrival, stream: Any) -> None:
+def _bring(rows: TableRows, arrival: Arriving, stream: Any) -> None:
     if stream is None:
         rows.bring(arrival)
         return

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from torchrec_turbossd.cache.slot_cache import SlotCache
 from torchrec_turbossd.errors import CacheFullError
 from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.tables import TableShard
-from torchrec_turbossd.tbe.cached_rows import ReadableStore
 from torchrec_turbossd.tbe.in_flight import InFlight
+from torchrec_turbossd.tbe.stored import ReadableStore
 
 _AHEAD = 16
 """At most this part of a table's slots is emptied before it is needed."""
@@ -28,6 +28,27 @@ class UpdatableStore(ReadableStore, Protocol):
 
     def publish(self, committed: Any) -> None:
         """Let every later read see what was committed; does no I/O and waits for nothing."""
+
+
+class SharedSlots(Protocol):
+    """What is asked of an account of slots here; `SlotCache` and `DeviceCache` say what it means."""
+
+    slots: list[int]
+    device: torch.device
+    bases: Tensor
+    base_of: list[int]
+
+    @property
+    def nbytes(self) -> int: ...
+    def slots_of(self, table: int, ids: Tensor) -> Tensor: ...
+    def free(self, table: int) -> int: ...
+    def take(self, table: int, count: int) -> Tensor: ...
+    def give(self, table: int, slots: Tensor) -> None: ...
+    def evict(self, table: int, count: int) -> Tensor: ...
+    def admit(self, table: int, ids: Tensor, slots: Tensor) -> None: ...
+    def release_all(self, table: int) -> Tensor: ...
+    def beside(self) -> Any: ...
+    def replace(self, other: Any) -> None: ...
 
 
 @dataclass
@@ -45,7 +66,7 @@ class Served:
 
     store: UpdatableStore
     shards: list[TableShard]
-    cache: SlotCache
+    cache: SharedSlots
     in_flight: InFlight
     capacity: list[int]
     waiting: list[int]
@@ -53,7 +74,7 @@ class Served:
     heir: Served | None = None
 
     @classmethod
-    def first(cls, store: UpdatableStore, shards: list[TableShard], cache: SlotCache, in_flight: InFlight) -> Served:
+    def first(cls, store: UpdatableStore, shards: list[TableShard], cache: SharedSlots, in_flight: InFlight) -> Served:
         """Served in all slots of `cache`."""
         return cls(store, shards, cache, in_flight, list(cache.slots), [0] * len(shards))
 
@@ -100,34 +121,27 @@ class Served:
         if short > 0:
             self.give_later(table, self.cache.evict(table, short))
 
-    def make_room(self, here: Tensor, needed: Sequence[int], batch: object) -> bool:
+    def make_room(self, needed: Sequence[int], batch: object) -> bool:
         """Empty slots until each table has as many free ones as a batch needs; False when some are not free yet.
-
-        Args:
-            here: the batch's rows that are in slots (concatenated slots [N]): they make no room for the others.
 
         Raises:
             CacheFullError: there are not so many slots.
         """
-        self.cache.pin(here, 1)
-        try:
+        for table, count in enumerate(needed):
+            if count <= self.capacity[table]:
+                self.evict(table, count, before=batch)
+            if count > self.cache.free(table) + self.waiting[table]:
+                name = self.shards[table].table.name
+                raise CacheFullError(
+                    f"table {name!r}: the rows of a batch, {count} of them read, do not fit in "
+                    f"{self.capacity[table]} slots"
+                )
+        ready = all(count <= self.unclaimed(table, before=batch) for table, count in enumerate(needed))
+        if ready and not self.in_flight.no_lookup:
+            # With other lookups in flight an emptied slot is not free at once: some for the batch that comes next.
             for table, count in enumerate(needed):
-                if count <= self.capacity[table]:
-                    self.evict(table, count, before=batch)
-                if count > self.cache.free(table) + self.waiting[table]:
-                    name = self.shards[table].table.name
-                    raise CacheFullError(
-                        f"table {name!r}: the rows of a batch, {count} of them read, do not fit in "
-                        f"{self.capacity[table]} slots"
-                    )
-            ready = all(count <= self.unclaimed(table, before=batch) for table, count in enumerate(needed))
-            if ready and not self.in_flight.no_lookup:
-                # With other lookups in flight an emptied slot is not free at once: some for the batch that comes next.
-                for table, count in enumerate(needed):
-                    self.evict(table, count + min(count, self.capacity[table] // _AHEAD), before=batch)
-        finally:
-            self.cache.pin(here, -1)
+                self.evict(table, count + min(count, self.capacity[table] // _AHEAD), before=batch)
         return ready
 
 
-__all__ = ["Served", "UpdatableStore"]
+__all__ = ["Served", "SharedSlots", "UpdatableStore"]

@@ -12,10 +12,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
-from torchrec_turbossd.cache import DEFAULT_POLICY
+from torchrec_turbossd.cache import DEFAULT_POLICY, SlotCache
+from torchrec_turbossd.cache.device_cache import DeviceCache
 from torchrec_turbossd.errors import CacheFullError, ConfigError, InputError, UnsupportedError
 from torchrec_turbossd.tables import FP8_EXPONENT_BIAS, FP8_EXPONENT_BITS, MAX_SLOTS, TableShard
-from torchrec_turbossd.tbe.layout import Batch, Bounds
+from torchrec_turbossd.tbe.device_serving import DeviceServingRows
+from torchrec_turbossd.tbe.layout import Batch, Bounds, UnplacedBatch
 from torchrec_turbossd.tbe.served import UpdatableStore
 from torchrec_turbossd.tbe.serving_rows import ServingRows
 from torchrec_turbossd.tbe.slot_memory import ServingMemory
@@ -50,6 +52,8 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         slots: usable slots of each table, between 1 and its rows.
         feature_table_map: for each feature, its table; every table needs one.
         store: holds rows by `TableShard.key`; the caller closes it.
+        dram_slots: on a GPU, for each table, rows that pinned host memory holds beside the slots. None: only rows on
+            their way from the store.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         *,
         device: torch.device | str = "cpu",
         options: ServingOptions | None = None,
+        dram_slots: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.options = options or ServingOptions()
@@ -74,21 +79,32 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         self._specs = [(s.table.name, s.cols, s.table.data_type) for s in shards]
         self._row_bytes = [s.row_bytes for s in shards]
         self.tbe = self._stock(slots)
-        self.rows = ServingRows(
-            shards,
-            slots,
-            feature_table_map,
-            ServingMemory(self.tbe, self._row_bytes),
-            store,
-            device=self.device,
-            policy=self.options.policy,
-            bounds=self.options.bounds,
-        )
+        self.rows = self._rows(shards, slots, store, dram_slots)
         self._id_type = torch.int32 if self.device.type == "cuda" else torch.int64
         self._warned = False
-        # Lets the slots' own stream wait for the zeros that were just put there.
-        with self.rows.on_stream():
-            pass
+
+    def _rows(
+        self,
+        shards: Sequence[TableShard],
+        slots: Sequence[int],
+        store: UpdatableStore,
+        dram_slots: Sequence[int] | None,
+    ) -> ServingRows | DeviceServingRows:
+        memory = ServingMemory(self.tbe, self._row_bytes)
+        rows, policy = [s.rows for s in shards], self.options.policy
+        if self.device.type == "cpu" and dram_slots is None:
+            cache = SlotCache(rows, slots, device=self.device, policy=policy)
+            return ServingRows(shards, self.feature_table_map, memory, store, cache, self.options.bounds)
+        on_device = DeviceCache(
+            rows,
+            slots,
+            [memory.parts(table) for table in range(len(shards))],
+            row_bytes=self._row_bytes,
+            dram_slots=dram_slots,
+            feature_table=self.feature_table_map,
+            policy=policy,
+        )
+        return DeviceServingRows(shards, self.feature_table_map, memory, store, on_device, self.options.bounds)
 
     def _stock(self, slots: Sequence[int]) -> IntNBitTableBatchedEmbeddingBagsCodegen:
         """A stock TBE with `slots` rows a table and the reserved row before them, all zero."""
@@ -117,19 +133,22 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
             InputError: dtype, shape, device or offsets that do not fit; weights with `PoolingMode.NONE`.
             RowIndexError: an id outside its table.
         """
-        batch = self.rows.layout.place(indices, offsets, later=True)
         weights = self._check_weights(per_sample_weights, indices)
+        if isinstance(self.rows, DeviceServingRows):
+            return self._look_up_on_device(self.rows, self.rows.place(indices, offsets), weights)
+        batch = self.rows.layout.place(indices, offsets, later=True)
         offsets = offsets.to(self._id_type).contiguous()
-        with self.rows.on_stream():
-            out = self._look_up(batch, offsets, weights)
-        if out.device.type == "cuda":
-            out.record_stream(torch.cuda.current_stream(out.device))
-        return out
-
-    def _look_up(self, batch: Batch, offsets: Tensor, weights: Tensor | None) -> Tensor:
         try:
             with self.rows.slots_of(batch) as slots:
                 return self._call(self.tbe, slots, offsets, weights)
+        except CacheFullError as full:
+            self._warn_outside(full)
+            return self._run_outside(batch, offsets, weights)
+
+    def _look_up_on_device(self, rows: DeviceServingRows, batch: UnplacedBatch, weights: Tensor | None) -> Tensor:
+        offsets = batch.offsets.to(self._id_type)
+        try:
+            return rows.look_up(batch, self._id_type, lambda slots: self._call(self.tbe, slots, offsets, weights))
         except CacheFullError as full:
             self._warn_outside(full)
             return self._run_outside(batch, offsets, weights)
@@ -141,7 +160,8 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         offsets: Tensor,
         weights: Tensor | None,
     ) -> Tensor:
-        out: Tensor = tbe(slots.to(self._id_type), offsets, weights)
+        # Not through the hooks of a module that nobody sees.
+        out: Tensor = tbe.forward(slots.to(self._id_type), offsets, weights)
         return out
 
     def _run_outside(self, batch: Batch, offsets: Tensor, weights: Tensor | None) -> Tensor:

@@ -28,13 +28,6 @@ class ServingRows(LookupRows):
     """Slots in front of a store, looked up and updated. Args: as `LookupRows`."""
 
     def update(self, batch: Mapping[int, Rows]) -> None:
-        """Set rows of tables (by place): all at once, or none if the store refuses.
-
-        When it returns every later batch sees the new rows. Only one thread may update at a time.
-
-        Args:
-            batch: for each table (distinct local ids [N] int64, rows [N, row_bytes] uint8), on the CPU.
-        """
         keyed = {self.shards[t].key: (ids + self.shards[t].row_offset, rows) for t, (ids, rows) in batch.items()}
         committed = self.served.store.commit(keyed)
         # It is committed and so it is made, whatever happens now: rows without a fresh slot leave theirs.

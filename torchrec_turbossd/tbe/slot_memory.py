@@ -18,6 +18,10 @@ class SlotMemory(ABC):
         """Rows in `slots` [N] int64, on any device: [N, row_bytes] uint8 on the CPU."""
 
     @abstractmethod
+    def parts(self, table: int) -> list[Tensor]:
+        """The parts of a row, in the order of its bytes, as views: [slots + 1, bytes] uint8 each."""
+
+    @abstractmethod
     def write(self, table: int, slots: Tensor, rows: Tensor) -> None:
         """Put `rows` [N, row_bytes] uint8 into distinct `slots` [N] int64; both on any device."""
 
@@ -39,6 +43,9 @@ class TrainingMemory(SlotMemory):
         slots = slots.to(parts[0].device)
         columns = [_as_bytes(part.index_select(0, slots)) for part in parts]
         return torch.cat(columns, dim=1).cpu()
+
+    def parts(self, table: int) -> list[Tensor]:
+        return [(part if part.dim() == 2 else part.unsqueeze(1)).view(torch.uint8) for part in self._parts[table]]
 
     def write(self, table: int, slots: Tensor, rows: Tensor) -> None:
         parts = self._parts[table]
@@ -64,6 +71,9 @@ class ServingMemory(SlotMemory):
     def read(self, table: int, slots: Tensor) -> Tensor:
         source = self._tables[table]
         return source.index_select(0, slots.to(source.device)).cpu()
+
+    def parts(self, table: int) -> list[Tensor]:
+        return [self._tables[table]]
 
     def write(self, table: int, slots: Tensor, rows: Tensor) -> None:
         target = self._tables[table]

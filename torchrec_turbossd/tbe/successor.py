@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.tables import TableShard
-from torchrec_turbossd.tbe.cached_rows import stored_rows
 from torchrec_turbossd.tbe.in_flight import in_small_steps
 from torchrec_turbossd.tbe.served import Served, UpdatableStore
-from torchrec_turbossd.tbe.serving_rows import ServingRows
+from torchrec_turbossd.tbe.served_rows import ServedRows
+from torchrec_turbossd.tbe.stored import stored_rows
 
 _STEPS = {"cpu": 512, "cuda": 4096}
 """Rows that change hands at once: lookups, or an update, wait for no more. A GPU takes no longer for many."""
@@ -32,7 +32,7 @@ class Successor:
         shards: the same tables, with the new version's rules for rows never written.
     """
 
-    def __init__(self, rows: ServingRows, store: UpdatableStore, shards: Sequence[TableShard]) -> None:
+    def __init__(self, rows: ServedRows, store: UpdatableStore, shards: Sequence[TableShard]) -> None:
         self._rows, self._old = rows, rows.served
         self._new = self._old.beside(store, list(shards))
         self._own = threading.Lock()
@@ -55,7 +55,7 @@ class Successor:
     def _take_from_old(self, table: int, count: int) -> int:
         """Let the new version have slots of the old one, at once or when lookups in flight have ended; how many."""
         rows, old, new = self._rows, self._old, self._new
-        with rows.on_stream(), rows.lock:
+        with rows.lock, rows.on_stream():
             slots = old.cache.take(table, count)
             self._pass_on(table, slots, new.adopt)
             evicted = old.cache.evict(table, count - slots.numel())
@@ -131,7 +131,7 @@ class Successor:
 
     def take_over(self) -> None:
         """Serve the new version from now on; lookups in flight end on the old one's slots. No update is in flight."""
-        with self._rows.on_stream(), self._rows.lock:
+        with self._rows.lock, self._rows.on_stream():
             self._new.cache.replace(self._old.cache)
             self._rows.served = self._new
 

@@ -20,8 +20,10 @@ from torchrec_turbossd.errors import CacheFullError, ClosedError, ConfigError, I
 from torchrec_turbossd.store.contract import RowStore
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.cached_rows import CachedRows
+from torchrec_turbossd.tbe.device_rows import DeviceRows
 from torchrec_turbossd.tbe.prefetching import Prefetcher, TrainingRun
 from torchrec_turbossd.tbe.slot_memory import TrainingMemory
+from torchrec_turbossd.tbe.table_rows import TableRows
 from torchrec_turbossd.tbe.training_options import ROW_STATE, TrainingOptions, check_training_tables, row_state
 
 
@@ -42,6 +44,8 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         slots: usable slots of each table, between 1 and its rows.
         feature_table_map: for each feature, its table.
         store: holds rows by `TableShard.key`; the caller closes it.
+        dram_slots: on a GPU, for each table, rows that pinned host memory holds beside the slots. None: only rows on
+            their way to and from the store.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         *,
         device: torch.device | str = "cpu",
         options: TrainingOptions | None = None,
+        dram_slots: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.options = options or TrainingOptions()
@@ -65,23 +70,21 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             raise ConfigError(f"feature_table_map must be ascending, got {list(feature_table_map)}")
         self.shards, self._feature_table_map = list(shards), list(feature_table_map)
         self.tbe = self._stock(slots)
-        self.rows = CachedRows(
-            shards,
-            slots,
-            feature_table_map,
-            TrainingMemory(self.tbe),
-            store,
-            device=self.device,
-            policy=self.options.policy,
-            bounds=self.options.bounds,
-        )
+        self.rows = self._rows(slots, store, dram_slots)
         # One caller at a time but for backward in slots, which only lets rows go.
         self._alone = threading.RLock()
         self._prefetched = Prefetcher(self.rows, self.device, functools.partial(_end, self.rows))
         self._orphans: deque[TrainingRun] = deque()
-        self._stream: torch.cuda.Stream | None = None
         self._closed = False
         self._warned = False
+
+    def _rows(self, slots: Sequence[int], store: RowStore, dram_slots: Sequence[int] | None) -> CachedRows | DeviceRows:
+        memory, options = TrainingMemory(self.tbe), self.options
+        settings: dict[str, Any] = {"policy": options.policy, "bounds": options.bounds}
+        args = self.shards, slots, self._feature_table_map, memory, store
+        if self.device.type == "cpu" and dram_slots is None:
+            return CachedRows(*args, device=self.device, **settings)
+        return DeviceRows(*args, dram_slots=dram_slots, **settings)
 
     def _stock(self, slots: Sequence[int]) -> SplitTableBatchedEmbeddingBagsCodegen:
         """A stock TBE with `slots` rows a table and the reserved row before them."""
@@ -108,7 +111,6 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         """
         with self._alone:
             self._check_open()
-            self._order_streams()
             self._retire_orphans()
             self._prefetched.start(indices, offsets)
 
@@ -129,7 +131,6 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
                 )
         _check_weights(per_sample_weights, indices)
         with self._alone:
-            self._order_streams()
             self._retire_orphans()
             run = self._prefetched.take(indices, offsets)
             if torch.is_grad_enabled():
@@ -144,26 +145,18 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self, run: TrainingRun, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
     ) -> Tensor:
         try:
+            # Rows that were fetched on another stream.
+            self.rows.order.after_account()
             if run.fetched is not None:
                 out = self._call(self.tbe, run.fetched.slots, offsets, per_sample_weights, feature_requires_grad)
             else:
                 out = self._run_outside(run, offsets, per_sample_weights, feature_requires_grad)
+            self.rows.order.rows_used()
             self._follow(out, run)
         except BaseException:
             self._end(run, changed=False)
             raise
         return out
-
-    def _order_streams(self) -> None:
-        """On CUDA, put what follows on slots after what was done on them last, maybe on another stream.
-
-        A prefetch stream would otherwise read rows to write back before the update that the host has launched.
-        """
-        if self.device.type == "cuda":
-            current = torch.cuda.current_stream(self.device)
-            if self._stream is not None and self._stream != current:
-                current.wait_stream(self._stream)
-            self._stream = current
 
     def _call(
         self,
@@ -180,7 +173,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         return out
 
     def _start(self, indices: Tensor, offsets: Tensor, *, pin: bool) -> TrainingRun:
-        batch = self.rows.layout.place(indices, offsets)
+        batch = self.rows.place(indices, offsets)
         try:
             return TrainingRun(batch, self.rows.fetch(batch, pin=pin))
         except CacheFullError as full:
@@ -206,6 +199,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         self, run: TrainingRun, offsets: Tensor, per_sample_weights: Tensor | None, feature_requires_grad: Tensor | None
     ) -> Tensor:
         """Run a batch on a TBE of just its distinct rows, in one piece: two chunks would give other numbers."""
+        self.rows.order.after_rows()
         distinct = self.rows.take_out(run.batch)
         tbe = self._stock([max(1, each.numel()) for each in distinct.ids])
         memory = TrainingMemory(tbe)
@@ -252,7 +246,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         def after(grad_inputs: Any, grad_outputs: Any, token: _Token = token) -> None:
             orphaned.detach()
             if run.distinct is None:
-                self._order_streams()
+                self.rows.order.rows_used()
                 self._end(run, changed=True)
             else:
                 with self._settled():
@@ -278,10 +272,16 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
     def _settled(self) -> Iterator[None]:
         """Where rows can be read and written: none on their way, none held by a dead graph, nobody else here."""
         with self._alone:
-            self._order_streams()
             self._prefetched.settle()
             self._retire_orphans()
-            yield
+            order = self.rows.order
+            order.after_account()
+            order.after_rows()
+            try:
+                yield
+            finally:
+                order.account_changed()
+                order.rows_used()
 
     def read_rows(self, table: int, ids: Tensor) -> Tensor:
         """Current bytes (weights, then state) of local `ids` [N]: [N, row_bytes] uint8 on the CPU."""
@@ -337,7 +337,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
             self._closed = True
 
 
-def _end(rows: CachedRows, run: TrainingRun, *, changed: bool = False) -> None:
+def _end(rows: TableRows, run: TrainingRun, *, changed: bool = False) -> None:
     if run.ended:
         return
     run.ended = True

@@ -1,0 +1,222 @@
+"""A device-resident cache beside a plain dict: PyTorch operators, and Triton kernels, interpreted without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchrec_turbossd.cache import device_cache
+from torchrec_turbossd.cache.device_cache import DeviceCache
+from torchrec_turbossd.cache.device_reference import TorchOps
+from torchrec_turbossd.errors import CacheFullError
+
+if not torch.cuda.is_available():
+    # Read when kernels are first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+CPU = torch.device("cpu")
+_NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+BOTH = [
+    pytest.param("cpu", "torch", id="torch"),
+    pytest.param("cpu", "triton", id="triton", marks=_NO_TRITON),
+    pytest.param("cuda", "torch", id="torch-cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", "triton", id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+class Tables:
+    """Two kinds of parts a row, several features a table, and a store that is a dict."""
+
+    def __init__(
+        self,
+        where: tuple[str, str],
+        slots: list[int],
+        dram: list[int] | None,
+        features: list[int],
+        rows: list[int],
+    ) -> None:
+        device, kind = where
+        if kind == "triton" and device == "cpu" and torch.cuda.is_available():
+            pytest.skip("with a GPU here kernels are compiled, not interpreted")
+        self.device, self.rows, self.features = torch.device(device), rows, features
+        self.widths = [[8, 4] if t % 2 else [12, 12] for t in range(len(rows))]
+        self.parts = [
+            [torch.zeros(n + 1, width, dtype=torch.uint8, device=self.device) for width in self.widths[t]]
+            for t, n in enumerate(slots)
+        ]
+        self.cache = DeviceCache(
+            rows,
+            slots,
+            self.parts,
+            row_bytes=[sum(each) for each in self.widths],
+            dram_slots=dram,
+            feature_table=features,
+        )
+        if kind == "torch":
+            self.cache.ops = TorchOps(self.cache.state)
+        else:
+            from torchrec_turbossd.cache.device_triton import TritonOps
+
+            self.cache.ops = TritonOps(self.cache.state)
+        self.stored = [torch.zeros(n, sum(w), dtype=torch.uint8) for n, w in zip(rows, self.widths, strict=True)]
+        self.live = [each.clone() for each in self.stored]
+
+    def row(self, table: int, slots: Tensor) -> Tensor:
+        return torch.cat([part[slots.to(self.device)].cpu() for part in self.parts[table]], dim=1)
+
+    def write_back(self, table: int, ids: Tensor, rows: Tensor) -> None:
+        self.stored[table][ids] = rows
+
+    def bring(self, ids: Tensor, offsets: Tensor, bags: int, *, mark: bool) -> tuple[device_cache.Batch, list[int]]:
+        """A whole batch, as its users do it: (batch, distinct rows of each table that were in no slot)."""
+        cache = self.cache
+        slots = torch.full((ids.numel(),), -7, dtype=torch.int64, device=self.device)
+        batch = cache.remap(ids.to(self.device), offsets.to(self.device), bags, slots, mark=mark)
+        first = found = cache.found()
+        assert not found.flags
+        while not found.all_here:
+            try:
+                cache.check_room(batch, found)
+            except CacheFullError:
+                cache.give_up(batch)
+                raise
+            if found.in_dram.any():
+                cache.promote(batch, found)
+            if not found.absent.any():
+                break
+            for table, wanted in cache.absent(batch):
+                cache.put(table, wanted, self.stored[table][wanted], self.write_back)
+            cache.again(batch)
+            found = cache.found()
+        if not first.all_here:
+            cache.refill(batch)
+        return batch, (first.in_dram + first.absent).tolist()
+
+    def change(self, table: int, slots: Tensor, ids: Tensor) -> None:
+        """Training: other bytes for the rows of `ids` [N], which are in `slots` [N]."""
+        rows = torch.randint(0, 256, (ids.numel(), sum(self.widths[table])), dtype=torch.uint8)
+        at = 0
+        for part in self.parts[table]:
+            part[slots.to(self.device)] = rows[:, at : at + part.shape[1]].to(self.device)
+            at += part.shape[1]
+        self.live[table][ids] = rows
+
+
+def _batch(tables: Tables, generator: torch.Generator, bags: int) -> tuple[Tensor, Tensor]:
+    lengths = torch.randint(0, 4, (len(tables.features) * bags,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = []
+    for feature, table in enumerate(tables.features):
+        count = int(offsets[(feature + 1) * bags] - offsets[feature * bags])
+        skewed = torch.rand(count, generator=generator) ** 3 * tables.rows[table]
+        ids.append(skewed.to(torch.int64))
+    return torch.cat(ids), offsets
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+@pytest.mark.parametrize("dram", [None, [30, 0, 5000]], ids=["staging", "tier"])
+def test_beside_a_dict(device: str, kind: str, dram: list[int] | None) -> None:
+    """Rows, changed in slots as training does, are right wherever they go, and what missed is counted exactly."""
+    tables = Tables((device, kind), [40, 25, 60], dram, [0, 0, 1, 2], [200, 25, 300])
+    generator = torch.Generator().manual_seed(5)
+    for step in range(25):
+        ids, offsets = _batch(tables, generator, 6)
+        if not ids.numel():
+            continue
+        known = [set(tables.cache.resident(table)[0].tolist()) for table in range(3)]
+        batch, misses = tables.bring(ids, offsets, 6, mark=True)
+        wanted: list[set[int]] = [set(), set(), set()]
+        for feature, table in enumerate(tables.features):
+            part = slice(int(offsets[feature * 6]), int(offsets[(feature + 1) * 6]))
+            wanted[table] |= set(ids[part].tolist())
+            slots = batch.slots[part].cpu()
+            assert bool((slots > 0).all())
+            assert torch.equal(tables.row(table, slots), tables.live[table][ids[part]])
+        assert misses == [len(each - have) for each, have in zip(wanted, known, strict=True)]
+        for table, each in enumerate(wanted):
+            some = torch.tensor(sorted(each), dtype=torch.int64)
+            slots = tables.cache.slots_of(table, some.to(tables.device)).cpu()
+            tables.change(table, slots, some)
+        if step % 8 == 0:
+            tables.cache.check()
+    tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_rows_of_batches_in_flight_stay(device: str, kind: str) -> None:
+    """A batch that does not fit beside those in flight is refused, and fits when they have ended."""
+    tables = Tables((device, kind), [8], None, [0], [100])
+    ids, offsets = torch.arange(6), torch.arange(7)
+    batch, _ = tables.bring(ids, offsets, 6, mark=True)
+    pin = tables.cache.pin(batch)
+    assert tables.cache.pinned_slots == 6
+    with pytest.raises(CacheFullError, match="those in flight leave"):
+        tables.bring(torch.arange(10, 16), offsets, 6, mark=True)
+    tables.cache.check()
+    assert torch.equal(tables.cache.slots_of(0, ids.to(tables.device)).cpu(), batch.slots.cpu())
+    tables.cache.unpin(pin)
+    _, misses = tables.bring(torch.arange(10, 16), offsets, 6, mark=True)
+    assert misses == [6]
+    tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_bad_batches_are_told(device: str, kind: str) -> None:
+    """Ids outside their table and offsets that fall are flagged; row 0 stands for such an id."""
+    tables = Tables((device, kind), [8], None, [0], [100])
+    slots = torch.empty(3, dtype=torch.int64, device=tables.device)
+    for ids, offsets, flag in (
+        ([1, -1, 2], [0, 1, 3], 2),
+        ([1, 100, 2], [0, 1, 3], 2),
+        ([1, 1, 2], [0, 4, 3], 1),
+        ([1, 1, 2], [0, 1, 2], 1),
+        ([1, 1, 2], [1, 1, 3], 1),
+    ):
+        batch = tables.cache.remap(
+            torch.tensor(ids, device=tables.device), torch.tensor(offsets, device=tables.device), 2, slots, mark=False
+        )
+        assert tables.cache.found().flags == flag
+        tables.cache.give_up(batch)
+        tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_batch_numbers_start_anew(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fit 28 bits: when they do not, all become small, and batches in flight keep their rows."""
+    monkeypatch.setattr("torchrec_turbossd.cache.entries.LAST_STAMP", 7)
+    tables = Tables((device, kind), [12], [50], [0], [100])
+    generator = torch.Generator().manual_seed(3)
+    held, _ = tables.bring(torch.arange(4), torch.arange(5), 4, mark=True)
+    pin = tables.cache.pin(held)
+    for _ in range(20):
+        ids = 4 + torch.randperm(96, generator=generator)[:5]
+        batch, _ = tables.bring(ids, torch.arange(6), 5, mark=True)
+        assert torch.equal(tables.row(0, batch.slots.cpu()), tables.live[0][ids])
+        tables.change(0, batch.slots.cpu(), ids)
+        assert torch.equal(tables.cache.slots_of(0, torch.arange(4, device=device)).cpu(), held.slots.cpu())
+    assert tables.cache._now < 30
+    tables.cache.unpin(pin)
+    tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_programs_that_work_in_rounds(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs do what many would: each has several rounds."""
+    if kind == "triton":
+        monkeypatch.setattr("torchrec_turbossd.cache.device_triton._PROGRAMS", 2)
+    tables = Tables((device, kind), [300, 300], [5000, 5000], [0, 1, 1], [3000, 4000])
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(8):
+        ids = torch.cat([torch.randint(0, n, (80,), generator=generator) for n in (3000, 4000, 4000)])
+        batch, _ = tables.bring(ids, torch.arange(0, 241, 20), 4, mark=True)
+        for table, part in ((0, slice(0, 80)), (1, slice(80, 240))):
+            slots = batch.slots[part].cpu()
+            assert torch.equal(tables.row(table, slots), tables.live[table][ids[part]])
+            some, first = ids[part].unique(return_inverse=True)
+            of_each = torch.zeros_like(some).scatter_(0, first, slots)
+            tables.change(table, of_each, some)
+        tables.cache.check()

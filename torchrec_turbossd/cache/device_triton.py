@@ -1,0 +1,154 @@
+"""The operations of a device-resident cache as Triton kernels, without a wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from torchrec_turbossd.cache import kernels, kernels_rows
+from torchrec_turbossd.cache.device_ops import DeviceOps, Given
+from torchrec_turbossd.cache.device_state import Batch, DeviceState
+
+_WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+_PROGRAMS = 2048
+"""Programs of one kernel, roughly: enough to fill a GPU, few enough to start quickly."""
+
+
+class TritonOps(DeviceOps):
+    """One launch each. Scratch memory grows with the largest batch: 12 bytes a lookup."""
+
+    def __init__(self, state: DeviceState) -> None:
+        super().__init__(state)
+        features, device = len(state.feature_table), state.device
+        self._counts = torch.zeros(1 + 2 * features, dtype=torch.int32, device=device)
+        self._published = torch.zeros_like(self._counts)
+        self._done = torch.zeros(1, dtype=torch.int32, device=device)
+        self._no_slots = torch.zeros(1, dtype=torch.int64, device=device)
+        self._none_given = torch.zeros(len(state.rows) + 1, dtype=torch.int32, device=device)
+        self._compiled: dict[Any, Any] = {}
+        self._parts = max(len(each) for each in state.parts)
+        self._reserve(1)
+
+    def _reserve(self, lookups: int) -> None:
+        """Scratch memory for so many lookups; nothing that was launched uses what was there."""
+        state = self.state
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
+        self._missing = torch.empty(lookups, dtype=torch.int64, device=state.device)
+        self._chosen = torch.empty(lookups, dtype=torch.int32, device=state.device)
+        self.locate()
+
+    def locate(self) -> None:
+        state = self.state
+        self._everything = (
+            state.slot_map,
+            state.state,
+            self._missing,
+            self._chosen,
+            state.owners,
+            state.rings,
+            state.queues,
+            state.ghosts,
+            state.tables,
+            state.part_fields,
+            state.features,
+            state.feature_first,
+            state.feature_list,
+            self._counts,
+            self._published,
+            self._report,
+            self._done,
+        )
+        self._at = torch.tensor([each.data_ptr() for each in self._everything], dtype=torch.int64).to(state.device)
+
+    def _launch(self, kernel: Any, grid: tuple[int, int], args: tuple[Any, ...], **constants: Any) -> None:
+        """Launch a kernel; after the first time past Triton's look at every argument, which takes longer than it runs.
+
+        The arguments of one kernel always have the same types, but for the ids, offsets and slots of a batch.
+        """
+        types = [each.dtype for each in args if isinstance(each, Tensor)]
+        key = (kernel.__name__, *types, *constants.values())
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            # None where it is interpreted.
+            self._compiled[key] = kernel[grid](self._at, *args, **constants)
+            return
+        compiled[(*grid, 1)](self._at, *args, *(v for name, v in constants.items() if name != "num_warps"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch memory."""
+        return sum(each.nbytes for each in (self._missing, self._chosen))
+
+    def _grid(self, lookups: int, block: int) -> tuple[int, int]:
+        features = len(self.state.feature_table)
+        # Features may differ in lookups; programs without work cost little, and those with much loop.
+        return max(1, min(-(-lookups // block), _PROGRAMS // features, -(-2 * lookups // (block * features)))), features
+
+    def remap(self, batch: Batch) -> None:
+        lookups = batch.ids.numel()
+        if lookups > self._missing.numel():
+            self._reserve(lookups)
+        self._launch(
+            kernels.remap,
+            self._grid(lookups, kernels.BLOCK),
+            (batch.ids, batch.offsets, batch.slots, lookups, batch.bags, batch.stamp),
+            MARK=batch.mark,
+            BLOCK=kernels.BLOCK,
+        )
+
+    def absent(self, batch: Batch) -> list[Tensor]:
+        features = len(self.state.feature_table)
+        counts = self.report[1 + features : 1 + 2 * features].tolist()
+        ends = self.report[1 + 2 * features :].tolist()
+        return [self._missing[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+    def choose(self, batch: Batch, given: Given, oldest: int) -> None:
+        state = self.state
+        slots, first = self._no_slots, self._none_given
+        if any(each.numel() for each in given):
+            slots, first = torch.cat(list(given)), _starts(given, state.device)
+        self._launch(
+            kernels_rows.choose,
+            (len(state.rows), 1),
+            (slots, first, batch.offsets, batch.ids.numel(), batch.bags, batch.stamp, oldest),
+            BLOCK=kernels_rows.QUEUE_BLOCK,
+            num_warps=kernels_rows.QUEUE_WARPS,
+        )
+
+    def exchange(self, batch: Batch) -> None:
+        state, features = self.state, len(self.state.feature_table)
+        most = int(self.report[1 : 1 + features].max())
+        groups = max(1, min(-(-most // kernels_rows.EXCHANGE_ROWS), 8 * _PROGRAMS // features))
+        self._launch(
+            kernels_rows.exchange,
+            (groups, features),
+            (batch.offsets, batch.ids.numel(), batch.bags, batch.stamp),
+            MARK=batch.mark,
+            PARTS=self._parts,
+            WORD=_WORDS[state.word_bytes],
+            ROWS=kernels_rows.EXCHANGE_ROWS,
+            COLS=kernels_rows.EXCHANGE_WORDS,
+        )
+
+    def refill(self, batch: Batch) -> None:
+        lookups = batch.ids.numel()
+        args = batch.ids, batch.offsets, batch.slots, lookups, batch.bags
+        self._launch(kernels.refill, self._grid(lookups, kernels.BLOCK), args, BLOCK=kernels.BLOCK)
+
+    def unclaim(self, batch: Batch) -> None:
+        lookups = batch.ids.numel()
+        args = batch.offsets, lookups, batch.bags
+        self._launch(kernels.unclaim, self._grid(lookups, kernels.BLOCK), args, BLOCK=kernels.BLOCK)
+
+
+def _starts(given: Sequence[Tensor], device: torch.device) -> Tensor:
+    counts: list[Any] = [0, *(each.numel() for each in given)]
+    return torch.tensor(counts, dtype=torch.int32).cumsum(0).to(torch.int32).to(device)
+
+
+__all__ = ["TritonOps"]

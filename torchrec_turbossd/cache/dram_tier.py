@@ -1,0 +1,139 @@
+"""Rows in pinned host memory, which a GPU reads and writes in place: the tier between slots and the row store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchrec_turbossd.cache import entries
+from torchrec_turbossd.cache.pinned import host_rows
+
+LEAST_DRAM_ROWS = 4096
+"""Places of each table: what comes from the row store passes through them."""
+
+_ALIGNMENT = 16
+_LEAST_WINDOW = 1024
+
+
+def dram_row_bytes(row_bytes: int) -> int:
+    """Bytes of host memory that a row of the tier takes: the row, and a header of 8 bytes that says whose it is."""
+    return -(-(_header_at(row_bytes) + entries.HEADER_BYTES) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _header_at(row_bytes: int) -> int:
+    return -(-row_bytes // entries.HEADER_BYTES) * entries.HEADER_BYTES
+
+
+class DramTier:
+    """Places of each table, numbered from 0. Who reads or writes it here has made sure that no kernel does.
+
+    Args:
+        row_bytes: of each table.
+        places: of each table.
+        keeps: for each table, whether the tier keeps every row that leaves a slot; else only those that the row store
+            does not have.
+    """
+
+    def __init__(
+        self, row_bytes: Sequence[int], places: Sequence[int], keeps: Sequence[bool], device: torch.device
+    ) -> None:
+        self.row_bytes, self.places, self.keeps = list(row_bytes), list(places), list(keeps)
+        self.header_at = [_header_at(size) for size in row_bytes]
+        self.tables = [
+            host_rows(count, dram_row_bytes(size), device) for size, count in zip(row_bytes, places, strict=True)
+        ]
+        self._headers: list[NDArray[np.int64]] = [
+            table.numpy()[:, at : at + entries.HEADER_BYTES].view(np.int64)[:, 0]
+            for table, at in zip(self.tables, self.header_at, strict=True)
+        ]
+        self._hands = [0] * len(places)
+        for header in self._headers:
+            header[:] = entries.FREE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pinned host memory."""
+        return sum(table.nbytes for table in self.tables)
+
+    def read(self, table: int, places: Tensor) -> Tensor:
+        """Rows at `places` [N] int64: [N, row_bytes] uint8."""
+        return self.tables[table][places, : self.row_bytes[table]]
+
+    def write(self, table: int, places: Tensor, rows: Tensor) -> None:
+        """Other bytes, `rows` [N, row_bytes] uint8, for the rows at `places` [N] int64."""
+        self.tables[table][places, : self.row_bytes[table]] = rows
+
+    def admit(self, table: int, places: Tensor, ids: Tensor, rows: Tensor) -> None:
+        """Rows of `ids` [N] int64, as the store has them, are at `places` [N] now."""
+        self.write(table, places, rows)
+        self._headers[table][places.numpy()] = ids.numpy() | entries.HEADER_FRESH
+
+    def release(self, table: int, places: Tensor) -> None:
+        """No row is at `places` [N] any more."""
+        self._headers[table][places.numpy()] = entries.FREE
+
+    def mark(self, table: int, places: Tensor, *, dirty: bool) -> None:
+        """The rows at `places` [N] differ from the store's, or do not."""
+        header, at = self._headers[table], places.numpy()
+        if dirty:
+            header[at] |= entries.HEADER_DIRTY
+        else:
+            header[at] &= ~entries.HEADER_DIRTY
+
+    def dirty(self, table: int) -> tuple[Tensor, Tensor]:
+        """(ids, places) of the rows that differ from the store's."""
+        header = self._headers[table]
+        return self._where(table, (header != entries.FREE) & ((header & entries.HEADER_DIRTY) != 0))
+
+    def resident(self, table: int) -> tuple[Tensor, Tensor]:
+        """(ids, places) of all rows here."""
+        return self._where(table, self._headers[table] != entries.FREE)
+
+    def _where(self, table: int, wanted: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        places = np.flatnonzero(wanted)
+        ids = self._headers[table][places] & entries.HEADER_ID
+        return torch.from_numpy(ids), torch.from_numpy(places)
+
+    def make_room(self, table: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to `count` places in the order of a clock's hand, those of rows that came lately last.
+
+        Returns (places [N], ids [M], places [M]): places to use, and the rows that are at some of them. These must be
+        taken out before anything is put there.
+        """
+        header, size = self._headers[table], self.places[table]
+        count = min(count, size)
+        found: list[NDArray[np.int64]] = []
+        # The second round finds what the first has unmarked.
+        left, passed = count, 0
+        while left > 0 and passed < 2 * size:
+            window = min(max(2 * left, _LEAST_WINDOW), size, 2 * size - passed)
+            at = (self._hands[table] + np.arange(window)) % size
+            fresh = (header[at] != entries.FREE) & ((header[at] & entries.HEADER_FRESH) != 0)
+            again = np.isin(at, np.concatenate(found)) if passed + window > size and found else False
+            usable = np.flatnonzero(~fresh & ~np.asarray(again))[:left]
+            reached = int(usable[-1]) + 1 if usable.size == left else window
+            unmarked = at[:reached][fresh[:reached]]
+            header[unmarked] &= ~entries.HEADER_FRESH
+            found.append(at[usable])
+            left -= usable.size
+            passed += reached
+            self._hands[table] = int((self._hands[table] + reached) % size)
+        places = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        held = places[header[places] != entries.FREE]
+        return torch.from_numpy(places), torch.from_numpy(header[held] & entries.HEADER_ID), torch.from_numpy(held)
+
+    def is_dirty(self, table: int, places: Tensor) -> Tensor:
+        """Which of the rows at `places` [N] differ from the store's: [N] bool."""
+        return torch.from_numpy((self._headers[table][places.numpy()] & entries.HEADER_DIRTY) != 0)
+
+    def clear(self) -> None:
+        """No row is here any more."""
+        for header in self._headers:
+            header[:] = entries.FREE
+
+
+__all__ = ["LEAST_DRAM_ROWS", "DramTier", "dram_row_bytes"]
