@@ -26,6 +26,7 @@ from tests.serving.test_swap import (
 )
 from torchrec_turbossd.errors import StoreError
 from torchrec_turbossd.serving import TurboSSDInferenceModule
+from torchrec_turbossd.tbe.successor import Successor
 
 
 @pytest.fixture
@@ -45,8 +46,7 @@ def test_a_failure_after_the_switch_keeps_the_new_generation(
 ) -> None:
     answers(module)
     with monkeypatch.context() as patch:
-        owner = "torchrec_turbossd.serving.live." + ("Successor" if step == "retire" else "ServingRows")
-        patch.setattr(f"{owner}.{step}", fail_with)
+        patch.setattr(Successor if step == "retire" else type(module.tbe.rows), step, fail_with)
         with contextlib.suppress(StoreError):
             module.load_snapshot(snapshot)
     assert torch.equal(answers(module), values(2000))

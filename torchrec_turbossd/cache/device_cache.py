@@ -101,6 +101,7 @@ class DeviceCache(DeviceSlots):
         slots: Tensor,
         *,
         mark: bool,
+        safe: Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> Batch:
         """Begin a batch: launch what finds `slots` [N] int32 or int64 (written; 0 where a row is in none).
@@ -110,12 +111,14 @@ class DeviceCache(DeviceSlots):
         Args:
             ids, offsets: [N], N > 0, and [features * bags + 1] int32 or int64, contiguous.
             mark: the batch will change its rows.
+            safe: as `offsets`, written: the same but that they never lead out of the batch. None: not wanted.
             stream: the current one, where it is known.
         """
         self._now += 1
         if self._now >= entries.LAST_STAMP:
             self._renumber()
-        batch = Batch(ids, offsets, bags, slots, self._now, mark)
+        touch = mark or self.own != self.rows
+        batch = Batch(ids, offsets, bags, offsets if safe is None else safe, slots, self._now, mark, touch)
         self.again(batch, stream)
         return batch
 
@@ -144,8 +147,9 @@ class DeviceCache(DeviceSlots):
         per_feature = report[1 + 2 * features :].copy()
         per_feature[1:] -= report[1 + 2 * features : -1]
         lookups = self._by_table(per_feature)
-        self._note(lookups)
         flags = int(report[0])
+        if not flags & entries.BAD_OFFSETS:
+            self._note(lookups)
         if not flags:
             return Found(all_here=True, flags=0, lookups=lookups, in_dram=self._none, absent=self._none)
         return Found(
@@ -186,7 +190,9 @@ class DeviceCache(DeviceSlots):
         # Batches that came after one in flight are held with it; now they are not.
         for pin in self._active:
             self._stamp(pin, batch.stamp)
-        left = slots - self._used_since(batch.stamp)
+        used = self._used_since(batch.stamp)
+        self._recent = [(batch.stamp, used)]
+        left = slots - used
         for table in np.flatnonzero(need > left).tolist():
             raise CacheFullError(
                 f"{need[table]} rows of table {table} need slots, and the batch itself and those in flight leave "
@@ -197,7 +203,7 @@ class DeviceCache(DeviceSlots):
         """Slots of each table that batch `oldest` or a later one used; waits for the device."""
         used = self._stamps(self.state.state) >= oldest
         bases = self.slot_base_of
-        counts = [used[first:last].sum() for first, last in itertools.pairwise(bases)]
+        counts = [used[first + 1 : last].sum() for first, last in itertools.pairwise(bases)]
         return torch.stack(counts).cpu().numpy()
 
     def _stamp(self, pin: Pin, stamp: int) -> None:
@@ -205,7 +211,9 @@ class DeviceCache(DeviceSlots):
         batch, pin.stamp = pin.batch, stamp
         ends = batch.offsets[:: batch.bags].tolist()
         for feature, table in enumerate(self._feature_table.tolist()):
-            at = self._at(table, batch.slots[ends[feature] : ends[feature + 1]].to(torch.int64))
+            slots = batch.slots[ends[feature] : ends[feature + 1]].to(torch.int64)
+            # 0 for a row that is still on its way.
+            at = self._at(table, slots[slots > 0])
             words = self.state.state[at] & (entries.READS | entries.DIRTY)
             self.state.state[at] = words | (stamp << entries.STAMP_SHIFT)
 
@@ -215,7 +223,12 @@ class DeviceCache(DeviceSlots):
         `check_room` has found that there are enough slots.
         """
         given = [self._free[t].take(int(n)) for t, n in enumerate(found.in_dram.tolist())]
-        self.ops.choose(batch, given, min(self.oldest, batch.stamp))
+        try:
+            self.ops.choose(batch, given, min(self.oldest, batch.stamp))
+        except BaseException:
+            for free, slots in zip(self._free, given, strict=True):
+                free.give(slots)
+            raise
         self.ops.exchange(batch)
 
     def absent(self, batch: Batch) -> list[tuple[int, Tensor]]:
@@ -234,6 +247,8 @@ class DeviceCache(DeviceSlots):
 
     def give_up(self, batch: Batch) -> None:
         """End a batch whose rows were not all brought in."""
+        if self._event is not None:
+            self._event.synchronize()
         if int(self.ops.report[0]) & entries.BAD_OFFSETS:
             # Features overlap, and so do their lists.
             self.state.slot_map.bitwise_and_(~entries.CLAIMED)
@@ -259,11 +274,12 @@ class DeviceCache(DeviceSlots):
         if bool(dirty.any()):
             write_back(table, gone[dirty], self.tier.read(table, held[dirty]))
         count, base = places.numel(), self.base_of[table]
-        self.map.clear((gone + base).to(self.device))
+        entry = (places | entries.IN_DRAM).to(torch.int32).to(self.device)
+        leave, come = (gone + base).to(self.device), (ids[:count] + base).to(self.device)
+        self.map.clear(leave)
         self.tier.release(table, held)
         self.tier.admit(table, places, ids[:count], rows[:count])
-        entry = (places | entries.IN_DRAM).to(torch.int32)
-        self.map.set((ids[:count] + base).to(self.device), entry.to(self.device))
+        self.map.set(come, entry)
         return count
 
     def synchronize(self) -> None:

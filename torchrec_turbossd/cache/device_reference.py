@@ -22,6 +22,7 @@ class TorchOps(DeviceOps):
         state, features = self.state, len(self.state.feature_table)
         ends = batch.offsets[:: batch.bags].to(torch.int64).clamp(0, batch.ids.numel()).tolist()
         flags = entries.BAD_OFFSETS * self._falls(batch)
+        batch.safe.copy_(batch.offsets.clamp(0, batch.ids.numel()))
         self._listed = []
         for feature, table in enumerate(state.feature_table):
             start, stop = ends[feature], max(ends[feature], ends[feature + 1])
@@ -35,6 +36,8 @@ class TorchOps(DeviceOps):
             self._touch(table, entry[here], batch)
             flags |= 0 if bool(here.all()) else entries.MISSES
             self._listed.append(self._claim(table, rows[~here]))
+        if flags & entries.BAD_OFFSETS:
+            batch.slots.zero_()
         self.report[0] = flags
         for feature, (low, high) in enumerate(self._listed):
             self.report[1 + feature], self.report[1 + features + feature] = low.numel(), high.numel()
@@ -48,7 +51,7 @@ class TorchOps(DeviceOps):
 
     def _touch(self, table: int, slots: Tensor, batch: Batch) -> None:
         state = self.state
-        if not batch.mark and state.slots[table] == state.rows[table]:
+        if not batch.touch:
             return
         at = slots.to(torch.int64) + state.slot_base_of[table]
         old = state.state[at]
@@ -120,7 +123,8 @@ class TorchOps(DeviceOps):
             part = slice(ends[feature], ends[feature + 1])
             rows = batch.ids[part].to(torch.int64)
             rows = torch.where((rows >= 0) & (rows < state.rows[table]), rows, 0)
-            found = state.slot_map[rows + state.base_of[table]].to(batch.slots.dtype)
+            entry = state.slot_map[rows + state.base_of[table]]
+            found = torch.where(entry < entries.CLAIMED, entry.clamp(min=0), 0).to(batch.slots.dtype)
             batch.slots[part] = torch.where(batch.slots[part] == 0, found, batch.slots[part])
 
     def unclaim(self, batch: Batch) -> None:

@@ -78,6 +78,9 @@ class DeviceSlots:
         """Take up to `count` free slots out: [N] int64. They are nobody's until `admit` or `give`."""
         taken = self._free[table].take(count)
         self.own[table] -= taken.numel()
+        if taken.device.type == "cuda":
+            # Who gave them may have made them on another stream.
+            taken.record_stream(torch.cuda.current_stream(taken.device))
         return taken
 
     def give(self, table: int, slots: Tensor) -> None:

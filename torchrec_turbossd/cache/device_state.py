@@ -137,16 +137,20 @@ class Batch:
 
     Args:
         ids, offsets: [N] and [features * bags + 1] int32 or int64, contiguous.
-        slots: [N] int32 or int64, each lookup's slot, 0 for none yet.
+        safe: as `offsets`, int32 or int64: written, the same but that they never lead out of the batch.
+        slots: [N] int32 or int64, written: each lookup's slot, 0 for none yet.
+        mark: the batch will change its rows. touch: its slots count as used, which nobody asks where none is emptied.
         stamp: the batch's number.
     """
 
     ids: Tensor
     offsets: Tensor
     bags: int
+    safe: Tensor
     slots: Tensor
     stamp: int
     mark: bool
+    touch: bool
 
 
 __all__ = ["Batch", "DeviceState", "RowPart", "small_places"]

@@ -30,25 +30,30 @@ class TritonOps(DeviceOps):
         self._no_slots = torch.zeros(1, dtype=torch.int64, device=device)
         self._none_given = torch.zeros(len(state.rows) + 1, dtype=torch.int32, device=device)
         self._compiled: dict[Any, Any] = {}
+        self._index = device.index or 0 if device.type == "cuda" else None
         self._parts = max(len(each) for each in state.parts)
         self._reserve(1)
 
     def _reserve(self, lookups: int) -> None:
         """Scratch memory for so many lookups; nothing that was launched uses what was there."""
-        state = self.state
-        if state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)
-        self._missing = torch.empty(lookups, dtype=torch.int64, device=state.device)
-        self._chosen = torch.empty(lookups, dtype=torch.int32, device=state.device)
-        self.locate()
+        device = self.state.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        missing = torch.empty(lookups, dtype=torch.int64, device=device)
+        chosen = torch.empty(lookups, dtype=torch.int32, device=device)
+        self._at = self._located(missing, chosen)
+        self._missing, self._chosen = missing, chosen
 
     def locate(self) -> None:
+        self._at = self._located(self._missing, self._chosen)
+
+    def _located(self, missing: Tensor, chosen: Tensor) -> Tensor:
         state = self.state
-        self._everything = (
+        everything = (
             state.slot_map,
             state.state,
-            self._missing,
-            self._chosen,
+            missing,
+            chosen,
             state.owners,
             state.rings,
             state.queues,
@@ -63,13 +68,18 @@ class TritonOps(DeviceOps):
             self._report,
             self._done,
         )
-        self._at = torch.tensor([each.data_ptr() for each in self._everything], dtype=torch.int64).to(state.device)
+        return torch.tensor([each.data_ptr() for each in everything], dtype=torch.int64).to(state.device)
 
     def _launch(self, kernel: Any, grid: tuple[int, int], args: tuple[Any, ...], **constants: Any) -> None:
         """Launch a kernel; after the first time past Triton's look at every argument, which takes longer than it runs.
 
         The arguments of one kernel always have the same types, but for the ids, offsets and slots of a batch.
         """
+        if self._index is not None and torch.cuda.current_device() != self._index:
+            # Triton launches on the current device, whosever the tensors are.
+            with torch.cuda.device(self._index):
+                self._launch(kernel, grid, args, **constants)
+            return
         types = [each.dtype for each in args if isinstance(each, Tensor)]
         key = (kernel.__name__, *types, *constants.values())
         compiled = self._compiled.get(key)
@@ -96,7 +106,8 @@ class TritonOps(DeviceOps):
         self._launch(
             kernels.remap,
             self._grid(lookups, kernels.BLOCK),
-            (batch.ids, batch.offsets, batch.slots, lookups, batch.bags, batch.stamp),
+            (batch.ids, batch.offsets, batch.safe, batch.slots, lookups, batch.bags, batch.stamp),
+            TOUCH=batch.touch,
             MARK=batch.mark,
             BLOCK=kernels.BLOCK,
         )

@@ -30,7 +30,6 @@ from torchrec_turbossd.cache.kernel_words import (
     ROWS,
     SHIFT,
     SLOT_BASE,
-    SLOTS,
     extent,
     int32_at,
     int64_at,
@@ -40,8 +39,11 @@ BLOCK = 1024
 
 
 @triton.jit
-def _check_offsets(offsets, feature, features, bags, lookups, part, parts, lane, BLOCK: tl.constexpr):
-    """1 where offsets fall, or do not go from 0 to the number of lookups; each program judges a part."""
+def _check_offsets(offsets, safe, feature, features, bags, lookups, part, parts, lane, BLOCK: tl.constexpr):
+    """1 where offsets fall, or do not go from 0 to the number of lookups; each program judges a part.
+
+    In `safe` they never lead out of the batch.
+    """
     wrong = tl.zeros((BLOCK,), tl.int32)
     start = feature.to(tl.int64) * bags
     for first in range(part * BLOCK, bags, parts * BLOCK):
@@ -49,9 +51,11 @@ def _check_offsets(offsets, feature, features, bags, lookups, part, parts, lane,
         here = tl.load(offsets + start + bag, mask=bag < bags, other=0)
         after = tl.load(offsets + start + bag + 1, mask=bag < bags, other=0)
         wrong |= (after < here).to(tl.int32)
+        tl.store(safe + start + bag, tl.minimum(tl.maximum(here, 0), lookups), mask=bag < bags)
     wrong |= ((feature == 0) & (tl.load(offsets) != 0)).to(tl.int32)
     end = tl.load(offsets + features.to(tl.int64) * bags)
     wrong |= ((feature == features - 1) & (end != lookups)).to(tl.int32)
+    tl.store(safe + features.to(tl.int64) * bags, lookups)
     return tl.max(wrong, 0)
 
 
@@ -74,8 +78,12 @@ def _publish(at, offsets, features, bags, lane, BLOCK: tl.constexpr):
         tl.store(report + 1 + 2 * features + item, end, mask=inside)
 
 
-@triton.jit(do_not_specialize=["lookups", "bags", "stamp"], do_not_specialize_on_alignment=["ids", "offsets", "slots"])
-def remap(at, ids, offsets, slots, lookups, bags, stamp, MARK: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["lookups", "bags", "stamp"], do_not_specialize_on_alignment=["ids", "offsets", "safe", "slots"]
+)
+def remap(
+    at, ids, offsets, safe, slots, lookups, bags, stamp, TOUCH: tl.constexpr, MARK: tl.constexpr, BLOCK: tl.constexpr
+):
     """Ids to slots (0: the row is in none), slots touched, each absent row listed and claimed once."""
     slot_map = int32_at(at, AT_SLOT_MAP)
     state = int32_at(at, AT_STATE)
@@ -89,10 +97,6 @@ def remap(at, ids, offsets, slots, lookups, bags, stamp, MARK: tl.constexpr, BLO
     of = tables + tl.load(feature_table + feature) * FIELDS
     base, rows = tl.load(of + BASE), tl.load(of + ROWS)
     slot_base = tl.load(of + SLOT_BASE)
-    # A table wholly in slots evicts nothing.
-    last_touched = tl.where(tl.load(of + SLOTS) < tl.load(of + ROWS), CLAIMED, 0)
-    if MARK:
-        last_touched = CLAIMED
     start, stop = extent(offsets, feature, bags, lookups)
     lane = tl.arange(0, BLOCK)
     outside = tl.zeros((BLOCK,), tl.int32)
@@ -107,13 +111,13 @@ def remap(at, ids, offsets, slots, lookups, bags, stamp, MARK: tl.constexpr, BLO
         entry = tl.load(slot_map + base + row, mask=inside, other=0)
         here = inside & (entry > 0) & (entry < CLAIMED)
         tl.store(slots + item, tl.where(here, entry, 0), mask=inside)
-        touched = here & (entry < last_touched)
-        old = tl.load(state + slot_base + entry, mask=touched, other=0)
-        reads = tl.minimum((old & READS) + 1, READS)
-        new = tl.where((old >> SHIFT) == stamp, old, (stamp << SHIFT) | (old & DIRTY) | reads)
-        if MARK:
-            new |= DIRTY
-        tl.store(state + slot_base + entry, new, mask=touched & (new != old))
+        if TOUCH:
+            old = tl.load(state + slot_base + entry, mask=here, other=0)
+            reads = tl.minimum((old & READS) + 1, READS)
+            new = tl.where((old >> SHIFT) == stamp, old, (stamp << SHIFT) | (old & DIRTY) | reads)
+            if MARK:
+                new |= DIRTY
+            tl.store(state + slot_base + entry, new, mask=here & (new != old))
         absent = inside & (here == 0)
         missed |= absent.to(tl.int32)
         if tl.max(absent.to(tl.int32), 0) > 0:
@@ -127,13 +131,17 @@ def remap(at, ids, offsets, slots, lookups, bags, stamp, MARK: tl.constexpr, BLO
             back = tl.atomic_add(counts + 1 + features + feature, tl.sum(high, 0))
             tl.store(missing + start + front + tl.cumsum(low, 0) - 1, row, mask=low > 0)
             tl.store(missing + stop - back - tl.cumsum(high, 0), row, mask=high > 0)
-    flags = BAD_OFFSETS * _check_offsets(offsets, feature, features, bags, lookups, part, parts, lane, BLOCK)
+    flags = BAD_OFFSETS * _check_offsets(offsets, safe, feature, features, bags, lookups, part, parts, lane, BLOCK)
     flags |= OUT_OF_BOUNDS * tl.max(outside, 0) | MISSES * tl.max(missed, 0)
     if flags > 0:
         tl.atomic_or(counts, flags)
     tl.debug_barrier()
     if tl.atomic_add(done, 1) == parts * features - 1:
         _publish(at, offsets, features, bags, lane, BLOCK)
+        if (tl.load(int32_at(at, AT_PUBLISHED)) & BAD_OFFSETS) > 0:
+            # Bags may be of other features' lookups, and nobody knows yet.
+            for first in range(0, lookups, BLOCK):
+                tl.store(slots + first + lane, 0, mask=first + lane < lookups)
         tl.store(done, 0)
 
 
@@ -152,7 +160,8 @@ def refill(at, ids, offsets, slots, lookups, bags, BLOCK: tl.constexpr):
         lacks = (item < stop) & (tl.load(slots + item, mask=item < stop, other=1) == 0)
         row = tl.load(ids + item, mask=lacks, other=0).to(tl.int64)
         row = tl.where((row >= 0) & (row < rows), row, 0)
-        tl.store(slots + item, tl.load(slot_map + base + row, mask=lacks, other=0), mask=lacks)
+        entry = tl.load(slot_map + base + row, mask=lacks, other=0)
+        tl.store(slots + item, tl.where(entry < CLAIMED, tl.maximum(entry, 0), 0), mask=lacks)
 
 
 @triton.jit(do_not_specialize=["lookups", "bags"], do_not_specialize_on_alignment=["offsets"])

@@ -234,6 +234,7 @@ def choose(at, given, given_first, offsets, lookups, bags, stamp, oldest, BLOCK:
             inside = first + lane < found
             tl.store(out + first + lane, tl.load(given + next_given + first + lane, mask=inside, other=0), mask=inside)
         next_given += found
+        tl.debug_barrier()
         found = _make_room(
             owners,
             state,

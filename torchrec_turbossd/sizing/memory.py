@@ -24,8 +24,8 @@ SLOT_MAP_BYTES_PER_ROW = 4
 LOOKUP_BYTES = 28
 """One lookup of a batch in flight on a CPU machine: position (8), slot found (4), slot (8), pinned slot (8)."""
 
-DEVICE_LOOKUP_BYTES = 16
-"""One lookup of a batch in flight on an accelerator, where rows are."""
+DEVICE_LOOKUP_BYTES = 20
+"""The same on an accelerator: slot (8), and where it may be missing its row (8) and the slot chosen for it (4)."""
 
 LEAST_DRAM_ROWS = 4096
 """Rows of host memory that each table has on a GPU in any case, or all of its rows: what comes from the store passes

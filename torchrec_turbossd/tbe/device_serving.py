@@ -26,7 +26,7 @@ from torchrec_turbossd.tbe.slot_memory import SlotMemory
 from torchrec_turbossd.tbe.stored import stored_rows
 
 _WARM_ROWS, _TURN_S = 4096, 0.02
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor, Tensor], Tensor]
 Wanted = list[tuple[int, Tensor]]
 
 
@@ -53,7 +53,13 @@ class DeviceServingRows(ServedRows):
             pass
 
     @contextmanager
+    def alone_on_stream(self) -> Iterator[None]:
+        with self.lock, self.on_stream():
+            yield
+
+    @contextmanager
     def on_stream(self) -> Iterator[None]:
+        """The caller holds the lock."""
         if self._index is not None:
             current = torch.cuda.current_stream(self._index)
             with self._ordering:
@@ -67,7 +73,7 @@ class DeviceServingRows(ServedRows):
         return UnplacedBatch(self.layout, indices, offsets, self.layout.check_form(indices, offsets))
 
     def look_up(self, batch: UnplacedBatch, slot_type: torch.dtype, run: Run) -> Tensor:
-        """What `run` makes of the slots of a batch, [N] of `slot_type`, with all of its rows in them.
+        """What `run` makes of the slots of a batch and its offsets, both of `slot_type`, with all of its rows in slots.
 
         Where the last batch missed nothing, `run` is launched before it is known whether this one does; if it does,
         what came of that is thrown away. The host waits for what is before the lookup on the device, not for that.
@@ -79,16 +85,20 @@ class DeviceServingRows(ServedRows):
         slots = torch.empty(batch.indices.numel(), dtype=slot_type, device=self.device)
         if not (slots.numel() and batch.bags):
             batch.place()
-            return run(slots)
+            return run(slots, batch.offsets.to(slot_type))
         with self.lock, self.on_stream():
             work = self._remap(batch, slots)
-            early = run(slots) if self._hits else None
-            found = self.cache.found()
-            self._hits = found.all_here
-            if found.all_here:
-                self._count(batch, found)
-                return run(slots) if early is None else early
-            wanted = self._bring_from_dram(batch, work, found)
+            try:
+                early = run(slots, work.safe) if self._hits else None
+                found = self.cache.found()
+                self._hits = found.all_here
+                if found.all_here:
+                    self._count(batch, found)
+                    return run(slots, work.safe) if early is None else early
+                wanted = self._bring_from_dram(batch, work, found)
+            except BaseException:
+                self.cache.give_up(work)
+                raise
             if not wanted:
                 return self._finish(batch, work, found, run)
             reader = self._begin_reading()
@@ -104,13 +114,16 @@ class DeviceServingRows(ServedRows):
             self._end_reading(reader)
 
     def _remap(self, batch: UnplacedBatch, slots: Tensor) -> Work:
-        work: Work = self.cache.remap(batch.indices, batch.offsets, batch.bags, slots, mark=False, stream=self._last)
+        safe = torch.empty(batch.offsets.numel(), dtype=slots.dtype, device=self.device)
+        work: Work = self.cache.remap(
+            batch.indices, batch.offsets, batch.bags, slots, mark=False, safe=safe, stream=self._last
+        )
         return work
 
     def _finish(self, batch: UnplacedBatch, work: Work, found: Found, run: Run) -> Tensor:
         self.cache.refill(work)
         self._count(batch, found)
-        return run(work.slots)
+        return run(work.slots, work.safe)
 
     def _count(self, batch: UnplacedBatch, found: Found) -> None:
         self.counters.add(found.lookups, found.in_dram + found.absent, found.in_dram)
@@ -118,16 +131,12 @@ class DeviceServingRows(ServedRows):
 
     def _bring_from_dram(self, batch: UnplacedBatch, work: Work, found: Found) -> Wanted:
         """Bring in what the DRAM tier has; returns what is in no tier."""
-        try:
-            if found.flags:
-                batch.place()
-            self.cache.check_room(work, found)
-            if found.in_dram.any():
-                self.cache.promote(work, found)
-            wanted: Wanted = self.cache.absent(work) if found.absent.any() else []
-        except BaseException:
-            self.cache.give_up(work)
-            raise
+        if found.flags:
+            batch.place()
+        self.cache.check_room(work, found)
+        if found.in_dram.any():
+            self.cache.promote(work, found)
+        wanted: Wanted = self.cache.absent(work) if found.absent.any() else []
         return wanted
 
     def _with_reads(
@@ -140,17 +149,26 @@ class DeviceServingRows(ServedRows):
             with self.lock, self.on_stream():
                 self._catch_up(reader)
                 work = self._remap(batch, slots)
-                wanted = self._bring_from_dram(batch, work, self.cache.found())
-                while wanted and not any(ids.numel() for ids in reader.read.lacks(self._by_place(wanted))):
-                    for table, ids in wanted:
-                        # Not more at once than pass through the tier.
-                        part = ids[: self.cache.tier.places[table]]
-                        self.cache.put(table, part, reader.read.rows(table, part), _nothing_to_write)
-                    self.cache.again(work)
-                    wanted = self._bring_from_dram(batch, work, self.cache.found())
+                try:
+                    wanted = self._bring_all(batch, work, reader)
+                except BaseException:
+                    self.cache.give_up(work)
+                    raise
                 if not wanted:
                     return self._finish(batch, work, found, run)
                 wanted = [(t, ids) for t, ids in enumerate(reader.read.lacks(self._by_place(wanted))) if ids.numel()]
+
+    def _bring_all(self, batch: UnplacedBatch, work: Work, reader: Reader) -> Wanted:
+        """Bring in what the DRAM tier has and what was read; returns what is wanted still, if something is unread."""
+        wanted = self._bring_from_dram(batch, work, self.cache.found())
+        while wanted and not any(ids.numel() for ids in reader.read.lacks(self._by_place(wanted))):
+            for table, ids in wanted:
+                # Not more at once than pass through the tier.
+                part = ids[: self.cache.tier.places[table]]
+                self.cache.put(table, part, reader.read.rows(table, part), _nothing_to_write)
+            self.cache.again(work)
+            wanted = self._bring_from_dram(batch, work, self.cache.found())
+        return wanted
 
     def _by_place(self, wanted: Wanted) -> list[Tensor]:
         by_table = dict(wanted)

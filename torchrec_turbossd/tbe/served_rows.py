@@ -96,6 +96,11 @@ class ServedRows(ABC):
         return held + self.cache.nbytes
 
     @contextmanager
+    def alone_on_stream(self) -> Iterator[None]:
+        """`on_stream` for a caller without the lock; on a CPU nothing needs it."""
+        yield
+
+    @contextmanager
     def on_stream(self) -> Iterator[None]:
         """On CUDA, after what was done on slots before, and before what is done on them next, on any stream."""
         yield

@@ -146,12 +146,14 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
             return self._run_outside(batch, offsets, weights)
 
     def _look_up_on_device(self, rows: DeviceServingRows, batch: UnplacedBatch, weights: Tensor | None) -> Tensor:
-        offsets = batch.offsets.to(self._id_type)
+        def run(slots: Tensor, offsets: Tensor) -> Tensor:
+            return self._call(self.tbe, slots, offsets, weights)
+
         try:
-            return rows.look_up(batch, self._id_type, lambda slots: self._call(self.tbe, slots, offsets, weights))
+            return rows.look_up(batch, self._id_type, run)
         except CacheFullError as full:
             self._warn_outside(full)
-            return self._run_outside(batch, offsets, weights)
+            return self._run_outside(batch, batch.offsets.to(self._id_type), weights)
 
     def _call(
         self,

@@ -85,19 +85,24 @@ class Successor:
         # The hottest come last and so leave last.
         for places in reversed(wanted.split(self._step)):
             # An update must not come between the read and the slot.
-            with in_small_steps(), self._own, self._rows.on_stream():
+            with in_small_steps(), self._own:
                 part = ids[places]
                 data = self._read(table, part) if rows is None else rows[places]
                 if rows is not None:
                     changed = self._carried[table][part]
                     data[changed] = self._read(table, part[changed])
-                slots = cache.take(table, part.numel())
-                try:
-                    self._rows.memory.write(table, slots, data)
-                except BaseException:
-                    cache.give(table, slots)
-                    raise
-                cache.admit(table, part.flip(0).to(cache.device), slots.flip(0))
+                with self._rows.alone_on_stream():
+                    self._admit(table, part, data)
+
+    def _admit(self, table: int, ids: Tensor, rows: Tensor) -> None:
+        cache = self._new.cache
+        slots = cache.take(table, ids.numel())
+        try:
+            self._rows.memory.write(table, slots, rows)
+        except BaseException:
+            cache.give(table, slots)
+            raise
+        cache.admit(table, ids.flip(0).to(cache.device), slots.flip(0))
 
     def _read(self, table: int, ids: Tensor) -> Tensor:
         return stored_rows(self._new.store, self._new.shards[table], ids)
@@ -122,7 +127,7 @@ class Successor:
         new = self._new
         keyed = {new.shards[t].key: (ids + new.shards[t].row_offset, rows) for t, (ids, rows) in batch.items()}
         new.store.publish(new.store.commit(keyed))
-        with self._rows.on_stream():
+        with self._rows.alone_on_stream():
             for table, (ids, rows) in batch.items():
                 slots = new.cache.slots_of(table, ids.to(new.cache.device))
                 here = slots > 0
@@ -151,12 +156,12 @@ class Successor:
         self._move_all(self._new, self._old)
 
     def _move_all(self, source: Served, target: Served) -> None:
-        with self._rows.on_stream():
-            for table in range(len(source.shards)):
+        for table in range(len(source.shards)):
+            with self._rows.alone_on_stream():
                 slots = source.cache.release_all(table)
                 source.capacity[table] = 0
-                with self._rows.lock:
-                    target.adopt(table, slots)
+            with self._rows.lock, self._rows.on_stream():
+                target.adopt(table, slots)
 
 
 __all__ = ["Successor"]

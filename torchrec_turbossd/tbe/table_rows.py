@@ -174,10 +174,10 @@ class TableRows(ABC):
             arrival = self.choose(batch, train=pin)
             try:
                 self.bring(arrival)
+                self.count(arrival)
             except BaseException:
                 self.abandon(arrival)
                 raise
-            self.count(arrival)
             return self.settle(arrival, pin=pin)
 
     def release(self, fetched: Fetched, *, dirty: bool) -> None:
