@@ -48,13 +48,13 @@ ROWS = {
     "zipf": Row("Serving lookups of a Zipf stream, part of the rows in slots, the rest in DRAM", gpu_serving.run_zipf),
     "training": Row("Training steps with prefetch", gpu_training.run_training),
     "profile": Row("Kernels of a batch, and the share of what memory and bus can move", gpu_profile.run_profile),
-    "nve": Row("NVE's published workload, scaled to the DRAM tier", gpu_serving.run_nve),
-    "dynamicemb": Row("dynamicemb's published training step, with fewer rows", gpu_training.run_dynamicemb),
-    "ssd": Row("Serving lookups whose missing rows come from SSD", gpu_ssd.run_ssd),
     "batch": Row("Serving lookups by batch size", gpu_panels.run_batch),
     "tables": Row("Serving lookups by number of tables, the lookups of all together equal", gpu_panels.run_tables),
     "rows": Row("Serving lookups by rows of the table, few of them asked for", gpu_panels.run_rows),
     "cache-share": Row("Serving lookups by share of rows in slots", gpu_panels.run_cache_share),
+    "dynamicemb": Row("dynamicemb's published training step, with fewer rows", gpu_training.run_dynamicemb),
+    "ssd": Row("Serving lookups whose missing rows come from SSD", gpu_ssd.run_ssd),
+    "nve": Row("NVE's published workload, scaled to the DRAM tier", gpu_serving.run_nve),
 }
 """In the order in which time is given to them."""
 

@@ -181,7 +181,7 @@ def zipf_over(gpu: GpuContext, shape: Shape, counts: tuple[int, int, int], kind:
 
 def zipf(gpu: GpuContext) -> Zipf:
     """Made once a run."""
-    return gpu.keep("zipf", lambda: zipf_over(gpu, gpu.pick(ZIPF, _QUICK), gpu.pick((80, 30, 6), (4, 4, 2))))
+    return gpu.keep("zipf", lambda: zipf_over(gpu, gpu.pick(ZIPF, _QUICK), gpu.pick((50, 30, 6), (4, 4, 2))))
 
 
 @dataclass(frozen=True, kw_only=True)

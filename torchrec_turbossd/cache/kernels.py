@@ -60,7 +60,7 @@ def _check_offsets(offsets, safe, feature, features, bags, lookups, part, parts,
 
 
 @triton.jit
-def _publish(at, offsets, features, bags, lane, BLOCK: tl.constexpr):
+def _publish(at, offsets, slots, features, bags, lookups, lane, BLOCK: tl.constexpr):
     """What was counted goes to the host and to the kernels that follow, and counting starts anew."""
     counts, published = int32_at(at, AT_COUNTS), int32_at(at, AT_PUBLISHED)
     report = int32_at(at, AT_REPORT)
@@ -76,6 +76,10 @@ def _publish(at, offsets, features, bags, lane, BLOCK: tl.constexpr):
         inside = item < features
         end = tl.load(offsets + (item.to(tl.int64) + 1) * bags, mask=inside, other=0).to(tl.int32)
         tl.store(report + 1 + 2 * features + item, end, mask=inside)
+    if (tl.load(published) & BAD_OFFSETS) > 0:
+        # Bags may be of other features' lookups, and the lookup may be on its way.
+        for start in range(0, lookups, BLOCK):
+            tl.store(slots + start + lane, 0, mask=start + lane < lookups)
 
 
 @triton.jit(
@@ -137,11 +141,7 @@ def remap(
         tl.atomic_or(counts, flags)
     tl.debug_barrier()
     if tl.atomic_add(done, 1) == parts * features - 1:
-        _publish(at, offsets, features, bags, lane, BLOCK)
-        if (tl.load(int32_at(at, AT_PUBLISHED)) & BAD_OFFSETS) > 0:
-            # Bags may be of other features' lookups, and nobody knows yet.
-            for first in range(0, lookups, BLOCK):
-                tl.store(slots + first + lane, 0, mask=first + lane < lookups)
+        _publish(at, offsets, slots, features, bags, lookups, lane, BLOCK)
         tl.store(done, 0)
 
 
