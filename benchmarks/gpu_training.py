@@ -99,6 +99,11 @@ class Trainees:
         dram = shape.rows - slots if gpu.cuda and slots < shape.rows else None
         trained = ours_training(self.kind, shape.tables, shape.rows, slots=slots, dram=dram, device=gpu.device)
         warm(trained.module, distinct_ids([*self.warming, *self.timed], shape.tables), slots)
+        for name_of in ("iter", "iter_cpu"):
+            # FBGEMM counts every forward as a step, which Adam's correction goes by.
+            steps = getattr(trained.module.tbe, name_of, None)
+            if isinstance(steps, Tensor):
+                steps.data.zero_()
         self.ours[name] = trained
         self.sides[name] = train_ours(trained, self.stream.offsets, self.gradient)
         return trained

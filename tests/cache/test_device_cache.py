@@ -220,3 +220,41 @@ def test_programs_that_work_in_rounds(device: str, kind: str, monkeypatch: pytes
             of_each = torch.zeros_like(some).scatter_(0, first, slots)
             tables.change(table, of_each, some)
         tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_slots_that_were_taken_away_are_missed(device: str, kind: str) -> None:
+    """A table had slots for all of its rows, and has half of them now: what a batch reads makes no room for itself."""
+    tables = Tables((device, kind), [8], None, [0], [8])
+    tables.live[0].random_(generator=torch.Generator().manual_seed(1))
+    tables.stored[0] = tables.live[0].clone()
+    tables.bring(torch.arange(8), torch.arange(9), 8, mark=False)
+    taken = tables.cache.evict(0, 4)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        ids = torch.randperm(8, generator=generator)[:4]
+        batch, _ = tables.bring(ids, torch.arange(5), 4, mark=False)
+        assert torch.equal(tables.row(0, batch.slots.cpu()), tables.live[0][ids])
+        assert not set(batch.slots.tolist()) & set(taken.tolist())
+    tables.cache.check([taken])
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_batches_in_flight_stay_counted(device: str, kind: str) -> None:
+    """Slots of an old batch in flight are known to be taken after the batches since it were let go."""
+    tables = Tables((device, kind), [100], [500], [0], [500])
+
+    def bring(first: int, count: int) -> device_cache.Batch:
+        ids = torch.arange(first, first + count)
+        return tables.bring(ids, torch.arange(count + 1), count, mark=True)[0]
+
+    held = [tables.cache.pin(bring(0, 70))]
+    bring(100, 25)
+    held.append(tables.cache.pin(bring(200, 28)))
+    with pytest.raises(CacheFullError):
+        bring(300, 10)
+    tables.cache.check()
+    for pin in held:
+        tables.cache.unpin(pin)
+    assert bool((bring(300, 10).slots > 0).all())
+    tables.cache.check()

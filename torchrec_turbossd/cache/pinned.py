@@ -25,6 +25,8 @@ def host_rows(rows: int, row_bytes: int, device: torch.device) -> Tensor:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"cannot allocate {size:,} bytes of host memory: {error}") from error
+    # A forked process would have them copied on the next write, and the GPU would go on with the old pages.
+    memory.madvise(mmap.MADV_DONTFORK)
     held = np.frombuffer(memory, dtype=np.uint8)
     address = held.ctypes.data
     # Registering needs a context, which is made by the first use of the device.
