@@ -59,7 +59,7 @@ def test_bytes_of_slots_and_rows(device: str, optimizer: EmbOptimType, state: in
     # Input and output are what TorchRec counts for a table in memory, beside its rows and their state.
     (held,) = [shard.storage for shard in fused.shards]
     io = (held.hbm if device == "cuda" else held.ddr) - ROWS * size
-    of_slot, of_lookup = (19, 16) if device == "cuda" else (26, 28)
+    of_slot, of_lookup = (19, 20) if device == "cuda" else (26, 28)
     fast = io + (2 * BATCH + 1) * (size + of_slot) + 4 * ROWS + 2 * BATCH * of_lookup
     # Beside it a bit a row, a batch of rows as it comes from the store, and what a GPU's rows pass through.
     host = ROWS // 8 + BATCH * size + (4096 * dram_row_bytes(size) if device == "cuda" else 0)
