@@ -90,7 +90,7 @@ def test_a_gpu_holds_what_is_counted(budget: float, tmp_path: Path) -> None:
 def test_what_is_where_by_hand() -> None:
     assert (BYTES_PER_SLOT, DEVICE_BYTES_PER_SLOT) == (26, 19)
     assert (slot_bytes(100, "cuda"), slot_bytes(100), slot_bytes(100, "cpu")) == (119, 126, 126)
-    assert (lookup_bytes("cuda"), lookup_bytes(), lookup_bytes("cpu")) == (16, 28, 28)
+    assert (lookup_bytes("cuda"), lookup_bytes(), lookup_bytes("cpu")) == (20, 28, 28)
     assert shard_fast_bytes(10, 1000, 100, "cuda") == 11 * 119 + 4000
     assert shard_host_bytes(1001, 100) == 126
     # The least rows are there anyhow: 4096 of each table, or all.
