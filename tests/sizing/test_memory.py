@@ -65,9 +65,8 @@ def test_bookkeeping_of_a_cpu_is_what_is_counted() -> None:
 @pytest.mark.parametrize(("rows", "slots"), [(9_000, 2_000), (100, 100), (100_000, 50_001)])
 def test_bookkeeping_of_a_gpu_is_what_is_counted(rows: int, slots: int) -> None:
     parts = [[torch.zeros(slots + 1, 68, dtype=torch.uint8)]]
-    device, least = torch.device("cpu"), least_dram_slots(rows)
-    options: dict[str, Any] = {"row_bytes": [68], "dram_slots": None, "feature_table": [0], "device": device}
-    cache = DeviceCache([rows], [slots], parts, **options)
+    least = least_dram_slots(rows)
+    cache = DeviceCache([rows], [slots], parts, row_bytes=[68], dram_slots=None, feature_table=[0])
     # Beside that some words for a table.
     assert 0 <= cache.nbytes - shard_fast_bytes(slots, rows, 0, "cuda") < 32
     assert cache.tier.nbytes == shard_host_bytes(rows, 68, "cuda") - -(-rows // 8) == least * dram_row_bytes(68)
