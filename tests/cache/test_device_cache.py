@@ -258,3 +258,17 @@ def test_batches_in_flight_stay_counted(device: str, kind: str) -> None:
         tables.cache.unpin(pin)
     assert bool((bring(300, 10).slots > 0).all())
     tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_the_callers_offsets_stay_as_they_are(device: str, kind: str) -> None:
+    """Also bad ones, which every program judges by itself: what one makes of them must not hide them from another."""
+    tables = Tables((device, kind), [8, 8], None, [0, 1], [100, 100])
+    ids = torch.tensor([1, 2, 3], device=tables.device)
+    for given in ([0, 1, 2], [0, 9, 3], [0, -1, 3], [0, 2, 5], [1, 2, 3]):
+        offsets = torch.tensor(given, device=tables.device)
+        batch = tables.cache.remap(ids, offsets, 1, torch.empty(3, dtype=torch.int64, device=tables.device), mark=True)
+        assert tables.cache.found().flags == 1, given
+        assert offsets.tolist() == given
+        tables.cache.give_up(batch)
+        tables.cache.check()

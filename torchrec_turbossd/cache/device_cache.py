@@ -118,7 +118,9 @@ class DeviceCache(DeviceSlots):
         if self._now >= entries.LAST_STAMP:
             self._renumber()
         touch = mark or self.own != self.rows
-        batch = Batch(ids, offsets, bags, offsets if safe is None else safe, slots, self._now, mark, touch)
+        # Never into `offsets`: they are the caller's, and read by programs that have not begun.
+        safe = torch.empty_like(offsets) if safe is None else safe
+        batch = Batch(ids, offsets, bags, safe, slots, self._now, mark, touch)
         self.again(batch, stream)
         return batch
 
