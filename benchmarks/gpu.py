@@ -9,8 +9,6 @@ import re
 import shlex
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +24,11 @@ from benchmarks import (
     gpu_training,
     machine,
 )
-from benchmarks.figures import Figure, SkipRow
+from benchmarks.figures import Figure
 from benchmarks.gpu_context import GpuContext
-from benchmarks.gpu_report import GpuReport, free_stem
+from benchmarks.gpu_report import GpuReport
 from benchmarks.gpu_tables import clean_up
+from benchmarks.report import free_stem
 
 _ROOT = Path(__file__).absolute().parents[1]
 _BUDGET, _QUICK_BUDGET = 210.0, 32.0
@@ -141,29 +140,17 @@ def run_rows(names: Sequence[str], context: GpuContext, report: GpuReport) -> li
 
 def run_row(name: str, context: GpuContext, report: GpuReport) -> None:
     """Measure a row; what it cannot do is a figure as well."""
-    report.say(f"{name}: {ROWS[name].title}")
-    start = time.perf_counter()
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always", RuntimeWarning)
-        try:
-            context.check_time()
-            for figure in ROWS[name].measure(context):
-                report.add(figure)
-        except SkipRow as reason:
-            report.add(Figure(row=name, case=ROWS[name].title, skipped=str(reason)))
-        except Exception as error:
-            traceback.print_exc()
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            report.add(Figure(row=name, case=ROWS[name].title, error=text[:500]))
-    for said in dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, RuntimeWarning)):
-        report.say(f"  warning: {said}")
+
+    def figures() -> Iterator[Figure]:
+        context.check_time()
+        yield from ROWS[name].measure(context)
+
+    for said in report.measure(name, ROWS[name].title, figures):
         report.add(Figure(row=name, case="warning", note=said))
     # What a failed row held may be what the next one needs.
     if report.figures and report.figures[-1].error:
         context.kept.clear()
     _quietly(lambda: clean_up(context.device))
-    report.seconds[name] = round(time.perf_counter() - start, 1)
-    report.say(f"  {report.seconds[name]:.0f} s")
 
 
 def _quietly(work: Callable[[], object]) -> bool:

@@ -24,15 +24,6 @@ def figure_from(whole: dict[str, Any]) -> Figure:
     return Figure(**known)
 
 
-def free_stem(folder: Path, name: str) -> str:
-    """`name`, or with the least number behind it that no results in `folder` have."""
-    taken, stem = 1, name
-    while (folder / f"{stem}.json").exists():
-        taken += 1
-        stem = f"{name}-{taken}"
-    return stem
-
-
 @dataclass
 class GpuReport(Report):
     """Collects figures and writes them as `stem`.json, .md and, with matplotlib, .png in `folder`.
@@ -56,15 +47,7 @@ class GpuReport(Report):
     def write(self) -> Path:
         """Write all files; returns the page."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole = {
-            "format": _FORMAT,
-            "version": 1,
-            **self.about,
-            "seconds": self.seconds,
-            "counts": self.counts,
-            "figures": [figure.to_json() for figure in self.figures],
-        }
-        self._replace(f"{self.stem}.json", json.dumps(whole, indent=1) + "\n")
+        self._replace(f"{self.stem}.json", self.to_json(_FORMAT))
         return self._replace(f"{self.stem}.md", self.markdown(f"{self.stem}.json"))
 
     def _replace(self, name: str, text: str) -> Path:
@@ -154,4 +137,4 @@ def draw(points: list[dict[str, Any]], path: Path, label: str) -> bool:
     return True
 
 
-__all__ = ["GpuReport", "draw", "figure_from", "free_stem", "kernel_table"]
+__all__ = ["GpuReport", "draw", "figure_from", "kernel_table"]

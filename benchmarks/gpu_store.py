@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrec_turbossd.errors import UnsupportedError
 from torchrec_turbossd.rows import quantise
 from torchrec_turbossd.store.contract import Rows, RowStore
 from torchrec_turbossd.tables import TableSpec
@@ -98,7 +99,7 @@ class PatternStore(RowStore):
         """There is nothing to do."""
 
     def checkpoint(self, path: Path) -> None:
-        raise NotImplementedError("rows of a benchmark are not kept")
+        raise UnsupportedError(f"rows of a benchmark are in memory only, got {path}; checkpoint a RocksRowStore")
 
     def close(self) -> None:
         self._written = {}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figures import Figure, number
+from benchmarks.figures import Figure, SkipRow, number
 
 _STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "skipped": "yellow", "": ""}
 _FORMAT = "torchrec_turbossd benchmark"
+_LONGEST_ERROR = 500
+"""Letters of it on the page."""
+
+
+def free_stem(folder: Path, name: str) -> str:
+    """`name`, or with the least number behind it that no results in `folder` have."""
+    taken, stem = 1, name
+    while (folder / f"{stem}.json").exists():
+        taken += 1
+        stem = f"{name}-{taken}"
+    return stem
 
 
 @dataclass
@@ -51,23 +66,47 @@ class Report:
         verdicts = [figure.verdict for figure in self.figures]
         return {verdict: verdicts.count(verdict) for verdict in ("pass", "FAIL", "skipped", "error")}
 
-    def save(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write `name`.json and `name`.md, under another name where there is one already; returns both."""
-        folder.mkdir(parents=True, exist_ok=True)
-        taken, base = 1, name
-        while (folder / f"{name}.json").exists():
-            taken += 1
-            name = f"{base}-{taken}"
-        data, page = folder / f"{name}.json", folder / f"{name}.md"
+    def measure(self, name: str, title: str, figures: Callable[[], Iterable[Figure]]) -> list[str]:
+        """Add the figures of a row, the time it took, and what it could not do; returns the warnings that came."""
+        self.say(f"{name}: {title}")
+        start = time.perf_counter()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", RuntimeWarning)
+            try:
+                for figure in figures():
+                    self.add(figure)
+            except SkipRow as reason:
+                self.add(Figure(row=name, case=title, skipped=str(reason)))
+            except Exception as error:
+                traceback.print_exc()
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                self.add(Figure(row=name, case=title, error=text[:_LONGEST_ERROR]))
+        # What slows a row down without stopping it, such as a batch that did not fit in the slots.
+        said = list(dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, RuntimeWarning)))
+        for each in said:
+            self.say(f"  warning: {each}")
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        self.say(f"  {self.seconds[name]:.0f} s")
+        return said
+
+    def to_json(self, format_name: str) -> str:
+        """All of it, as the text of a file of this format."""
         whole = {
-            "format": _FORMAT,
+            "format": format_name,
             "version": 1,
             **self.about,
             "seconds": self.seconds,
             "counts": self.counts,
             "figures": [figure.to_json() for figure in self.figures],
         }
-        data.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        return json.dumps(whole, indent=1) + "\n"
+
+    def save(self, folder: Path, name: str) -> tuple[Path, Path]:
+        """Write `name`.json and `name`.md, under another name where there is one already; returns both."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = free_stem(folder, name)
+        data, page = folder / f"{name}.json", folder / f"{name}.md"
+        data.write_text(self.to_json(_FORMAT), encoding="utf-8")
         page.write_text(self.markdown(data.name), encoding="utf-8")
         return data, page
 
@@ -113,4 +152,4 @@ def _compared(figure: Figure) -> str:
     return text + goal + (f"; {figure.note}" if figure.note else "")
 
 
-__all__ = ["Report"]
+__all__ = ["Report", "free_stem"]

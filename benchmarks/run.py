@@ -7,16 +7,14 @@ import datetime
 import platform
 import shlex
 import sys
-import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import bulk_load, latency, lookup, machine, mapped, policies, rocks_options, store_reads, training_step
 from benchmarks.context import Context
-from benchmarks.figures import Figure, SkipRow
+from benchmarks.figures import Figure
 from benchmarks.report import Report
 
 _ROOT = Path(__file__).absolute().parents[1]
@@ -85,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say=report.say,
     )
     for name in names:
-        _run_row(name, context, report)
+        report.measure(name, ROWS[name].title, partial(ROWS[name].measure, context))
     report.about["load after"] = machine.load()
     report.summary()
     counts = report.counts
@@ -110,27 +108,6 @@ def _about(given: argparse.Namespace, arguments: Sequence[str] | None) -> dict[s
         "rows": {name: row.title for name, row in ROWS.items()},
         "load before": machine.load(),
     }
-
-
-def _run_row(name: str, context: Context, report: Report) -> None:
-    """Measure a row; what it cannot do is a figure as well."""
-    report.say(f"{name}: {ROWS[name].title}")
-    start = time.perf_counter()
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always", RuntimeWarning)
-        try:
-            for figure in ROWS[name].measure(context):
-                report.add(figure)
-        except SkipRow as reason:
-            report.add(Figure(row=name, case=ROWS[name].title, skipped=str(reason)))
-        except Exception as error:
-            traceback.print_exc()
-            report.add(Figure(row=name, case=ROWS[name].title, error=f"{type(error).__name__}: {error}"))
-    # What slows a row down without stopping it, such as a batch that did not fit in the slots.
-    for said in dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, RuntimeWarning)):
-        report.say(f"  warning: {said}")
-    report.seconds[name] = round(time.perf_counter() - start, 1)
-    report.say(f"  {report.seconds[name]:.0f} s")
 
 
 if __name__ == "__main__":

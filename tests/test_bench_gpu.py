@@ -18,11 +18,12 @@ from benchmarks import gpu
 from benchmarks.figures import Figure, Goal, SkipRow
 from benchmarks.gpu_context import GpuContext, Narrow
 from benchmarks.gpu_profile import Kernel, Traffic, short_name
-from benchmarks.gpu_report import GpuReport, draw, figure_from, free_stem
+from benchmarks.gpu_report import GpuReport, draw, figure_from
 from benchmarks.gpu_store import Pattern, PatternStore
 from benchmarks.gpu_streams import DeviceZipf, Shape, Stream, distinct_ids, warming_batches, zipf_edges
 from benchmarks.gpu_tables import INT8, CacheCost, Kind, fill_serving, ours_serving, stock_serving, tier_of, warm
 from benchmarks.gpu_timing import back_to_back, split_rounds
+from benchmarks.report import free_stem
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

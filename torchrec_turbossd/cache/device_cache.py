@@ -19,7 +19,7 @@ from torchrec_turbossd.cache import entries
 from torchrec_turbossd.cache.device_ops import DeviceOps
 from torchrec_turbossd.cache.device_reference import TorchOps
 from torchrec_turbossd.cache.device_slots import DeviceSlots, Pin
-from torchrec_turbossd.cache.device_state import Batch, DeviceState, RowPart
+from torchrec_turbossd.cache.device_state import Batch, DeviceState
 from torchrec_turbossd.cache.dram_tier import LEAST_DRAM_ROWS, DramTier
 from torchrec_turbossd.cache.free_slots import FreeSlots
 from torchrec_turbossd.cache.policies import DEFAULT_POLICY
@@ -78,12 +78,13 @@ class DeviceCache(DeviceSlots):
         wanted = [0] * len(rows) if dram_slots is None else list(dram_slots)
         places = [min(count, max(n, LEAST_DRAM_ROWS)) for count, n in zip(rows, wanted, strict=True)]
         if max(max(slots), max(places)) >= entries.DIRTY_IN_DRAM:
-            raise ConfigError(f"a table has fewer than {entries.DIRTY_IN_DRAM:,} slots, and as many places in DRAM")
+            raise ConfigError(
+                f"on a GPU a table has fewer than {entries.DIRTY_IN_DRAM:,} slots, and as many rows in DRAM, got up to "
+                f"{max(slots):,} and {max(places):,}; shard it by rows, or lower its budgets"
+            )
         slot_map = SlotMap(sum(rows), device)
         self.tier = DramTier(row_bytes, places, [n > 0 for n in wanted], device)
-        state = DeviceState(
-            rows, slots, [[RowPart(at) for at in each] for each in parts], self.tier, feature_table, slot_map.entries
-        )
+        state = DeviceState(rows, slots, parts, self.tier, feature_table, slot_map.entries)
         super().__init__(state, _ops(state), slot_map)
         self.policy = policy
         self._feature_table = np.asarray(feature_table, dtype=np.int64)

@@ -101,10 +101,10 @@ class TorchOps(DeviceOps):
         out = leaves & (dirty | tier.keeps[table])
         there, offset = tier.tables[table], 0
         for part in state.parts[table]:
-            goes = part.at[slots].cpu()
-            part.at[slots] = there[places.cpu(), offset : offset + part.width].to(part.at.device)
-            there[places[out].cpu(), offset : offset + part.width] = goes[out.cpu()]
-            offset += part.width
+            goes = part[slots].cpu()
+            part[slots] = there[places.cpu(), offset : offset + part.shape[1]].to(part.device)
+            there[places[out].cpu(), offset : offset + part.shape[1]] = goes[out.cpu()]
+            offset += part.shape[1]
         said = owner | entries.HEADER_FRESH | torch.where(dirty, entries.HEADER_DIRTY, 0)
         said = torch.where(out, said, entries.FREE).cpu()
         header = tier.header_at[table]

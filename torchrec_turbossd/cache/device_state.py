@@ -14,24 +14,12 @@ from torchrec_turbossd.cache import entries
 from torchrec_turbossd.cache.dram_tier import DramTier
 
 
-@dataclass(frozen=True)
-class RowPart:
-    """A part of the rows in the slots of one table: `at` [slots + 1, bytes] uint8, maybe strided."""
-
-    at: Tensor
-
-    @property
-    def width(self) -> int:
-        """Bytes."""
-        return self.at.shape[1]
-
-
 class DeviceState:
     """Slot map, owners, states and queues of the slots of several tables, and where their rows are.
 
     Args:
         rows, slots: of each table; slot 0 comes on top.
-        parts: for each table, the parts of a row in slots, in the order of the row's bytes.
+        parts: for each table, the parts of a row in slots, in the order of its bytes: [slots + 1, bytes] uint8 views.
         tier: rows in host memory.
         feature_table: for each feature, its table.
         slot_map: [rows of all tables] int32, all 0; where it is the rest will be.
@@ -41,7 +29,7 @@ class DeviceState:
         self,
         rows: Sequence[int],
         slots: Sequence[int],
-        parts: Sequence[Sequence[RowPart]],
+        parts: Sequence[Sequence[Tensor]],
         tier: DramTier,
         feature_table: Sequence[int],
         slot_map: Tensor,
@@ -104,7 +92,7 @@ class DeviceState:
 
     def _word(self) -> int:
         """The widest word, in bytes, of which every part, offset and stride is a multiple."""
-        sizes = [size for table in self.parts for part in table for size in (part.width, part.at.stride(0))]
+        sizes = [size for table in self.parts for part in table for size in (part.shape[1], part.stride(0))]
         return math.gcd(8, *sizes)
 
     def _parts_described(self) -> Tensor:
@@ -114,9 +102,9 @@ class DeviceState:
             offset = 0
             for place, part in enumerate(parts):
                 described[table, place] = torch.tensor(
-                    [part.at.data_ptr(), part.at.stride(0), part.width // self.word_bytes, offset // self.word_bytes]
+                    [part.data_ptr(), part.stride(0), part.shape[1] // self.word_bytes, offset // self.word_bytes]
                 )
-                offset += part.width
+                offset += part.shape[1]
         return described
 
     @property
@@ -153,4 +141,4 @@ class Batch:
     touch: bool
 
 
-__all__ = ["Batch", "DeviceState", "RowPart", "small_places"]
+__all__ = ["Batch", "DeviceState", "small_places"]

@@ -17,22 +17,11 @@ from torchrec_turbossd.tbe.read_rows import ReadRows
 from torchrec_turbossd.tbe.served_rows import Reader, ServedRows
 
 _WARM_ROWS = 512
-_PATIENCE_S, _TURN_S = 0.2, 0.02
+_TURN_S = 0.02
 
 
 class LookupRows(ServedRows):
-    """The slots of a serving TBE in front of a store, as far as lookups need them.
-
-    Args:
-        shards: the tables, in the TBE's order.
-        feature_table: for each feature, its table.
-        memory: the TBE's slots.
-        store: where rows live, by `TableShard.key` and global row id.
-        cache: the account of the slots.
-
-    Attributes:
-        in_flight: with the lock that is held around what must be one step.
-    """
+    """As `ServedRows`, as far as lookups need it, with an account of slots on the host."""
 
     @contextmanager
     def slots_of(self, batch: Batch) -> Iterator[Tensor]:
@@ -40,16 +29,15 @@ class LookupRows(ServedRows):
 
         Raises `CacheFullError` when they do not fit; the batch can then run on `take_out`.
         """
-        with self.on_stream():
-            slots, epoch = self._bring_in(batch)
-            try:
-                yield slots
-            finally:
-                self.in_flight.end_lookup(epoch)
+        slots, epoch = self._bring_in(batch)
+        try:
+            yield slots
+        finally:
+            self.in_flight.end_lookup(epoch)
 
     def warm(self, table: int, ids: Tensor) -> None:
         for part in ids.to(self.device).split(_WARM_ROWS):
-            with in_small_steps(), self.on_stream(), contextlib.suppress(CacheFullError):
+            with in_small_steps(), contextlib.suppress(CacheFullError):
                 with self.lock:
                     part = part[self.cache.slots_of(table, part) == 0][: self.cache.free(table)]
                 if part.numel():

@@ -32,20 +32,19 @@ class ServingRows(LookupRows):
         committed = self.served.store.commit(keyed)
         # It is committed and so it is made, whatever happens now: rows without a fresh slot leave theirs.
         fresh: dict[int, tuple[Tensor, Tensor]] = {}
-        with self.on_stream():
-            try:
-                with contextlib.suppress(Exception):
-                    self._fill_fresh(batch, fresh)
-            finally:
-                with self.lock:
-                    self.served.store.publish(committed)
-                    self.in_flight.updated(batch)
-                    for table, (ids, rows) in batch.items():
-                        ids = ids.to(self.device)
-                        try:
-                            self._flip(table, ids, rows, fresh.get(table))
-                        except Exception:
-                            self._leave(table, ids)
+        try:
+            with contextlib.suppress(Exception):
+                self._fill_fresh(batch, fresh)
+        finally:
+            with self.lock:
+                self.served.store.publish(committed)
+                self.in_flight.updated(batch)
+                for table, (ids, rows) in batch.items():
+                    ids = ids.to(self.device)
+                    try:
+                        self._flip(table, ids, rows, fresh.get(table))
+                    except Exception:
+                        self._leave(table, ids)
 
     def _fill_fresh(self, batch: Mapping[int, Rows], fresh: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Put those of the new rows that are in slots into fresh ones: by table, their (ids, slots)."""
