@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ OLD, NEW = 1, 2
 def module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[TurboSSDInferenceModule]:
+    with opened(tmp_path, monkeypatch, request.param) as module:
+        yield module
+
+
+@pytest.fixture
+def on_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TurboSSDInferenceModule]:
+    """A module whose lookups others can come in between, after they were given slots: on a GPU that is one step."""
+    with opened(tmp_path, monkeypatch, "cpu") as module:
+        yield module
+
+
+@contextmanager
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[TurboSSDInferenceModule]:
     monkeypatch.setattr("torchrec_turbossd.serving.sizing.LEAST_SLOTS", SLOTS)
     with TurboSSDInferenceModule.from_embedding_specs(
         [("t", ROWS, 4, SparseType.FP32)],
@@ -37,7 +51,7 @@ def module(
         pooling_mode=PoolingMode.NONE,
         name="m",
         output_dtype=SparseType.FP32,
-        device=request.param,
+        device=device,
     ) as module:
         assert module.slots == {"t": SLOTS}
         update(module, every(), OLD)
@@ -72,12 +86,6 @@ def stamp_of(module: TurboSSDInferenceModule, ids: Tensor) -> int:
     stamp = int(out[0, 1])
     assert torch.equal(out, rows_of(ids, stamp)), f"half an update, or another row: {out.tolist()}"
     return stamp
-
-
-def not_in_one_step(module: TurboSSDInferenceModule) -> None:
-    """Skip where nobody can come between a lookup's slots and its use of them."""
-    if isinstance(module.tbe.rows, DeviceServingRows):
-        pytest.skip("on a GPU a lookup is launched in one step")
 
 
 class Held:
@@ -150,9 +158,9 @@ def test_nobody_waits_while_an_update_is_logged(
 
 
 def test_rows_that_were_given_to_a_lookup_stay(
-    module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
+    on_host: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    not_in_one_step(module)
+    module = on_host
     ids = torch.cat([part(0), part(1)])
     stamp_of(module, ids)
     held = Held(monkeypatch, module.tbe, "_call")
@@ -217,17 +225,29 @@ def test_a_batch_beyond_the_slots_is_whole(
     assert looking.result() == NEW
 
 
-@pytest.mark.parametrize("ids", [part(0), part(1), torch.cat([part(0), part(1)])], ids=["in slots", "read", "both"])
-@pytest.mark.parametrize("place", ["read", "tbe"])
+EITHER = [part(0), part(1), torch.cat([part(0), part(1)])]
+
+
+@pytest.mark.parametrize("ids", EITHER[1:], ids=["read", "both"])
+def test_a_lookup_that_reads_during_a_swap(
+    module: TurboSSDInferenceModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: Tensor
+) -> None:
+    look_during_a_swap(module, tmp_path, monkeypatch, ids, reads=True)
+
+
+@pytest.mark.parametrize("ids", EITHER, ids=["in slots", "read", "both"])
 def test_a_lookup_in_flight_during_a_swap(
-    module: TurboSSDInferenceModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: Tensor, place: str
+    on_host: TurboSSDInferenceModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: Tensor
+) -> None:
+    look_during_a_swap(on_host, tmp_path, monkeypatch, ids, reads=False)
+
+
+def look_during_a_swap(
+    module: TurboSSDInferenceModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: Tensor, *, reads: bool
 ) -> None:
     module.save_snapshot(tmp_path / "snapshot")
     update(module, every(), NEW)
     stamp_of(module, part(0))
-    reads = place == "read" and not torch.equal(ids, part(0))
-    if not reads:
-        not_in_one_step(module)
     held = Held(monkeypatch, *((module.tbe.rows.store, "read") if reads else (module.tbe, "_call")), after=reads)
     looking = Doing(lambda: stamp_of(module, ids))
     held.wait()
@@ -277,13 +297,22 @@ def test_an_update_that_fails_leaves_nothing(module: TurboSSDInferenceModule, mo
     assert stamp_of(module, part(0)) == NEW
 
 
-@pytest.mark.parametrize("busy", [False, True])
 def test_slots_that_cannot_be_written_are_emptied(
-    module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch, busy: bool
+    module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update_what_cannot_be_written(module, monkeypatch, busy=False)
+
+
+def test_slots_that_cannot_be_written_are_emptied_under_a_lookup(
+    on_host: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update_what_cannot_be_written(on_host, monkeypatch, busy=True)
+
+
+def update_what_cannot_be_written(
+    module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch, *, busy: bool
 ) -> None:
     """The update is logged and so it is made: rows that cannot be put into slots are read from the store."""
-    if busy:
-        not_in_one_step(module)
     stamp_of(module, part(0))
 
     def fail(*_: object) -> None:
@@ -322,9 +351,9 @@ def test_an_update_is_made_whole_whatever_happens_in_slots(
 
 
 def test_rows_that_are_updated_do_not_make_room_for_themselves(
-    module: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
+    on_host: TurboSSDInferenceModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    not_in_one_step(module)
+    module = on_host
     ids = torch.arange(SLOTS)
     stamp_of(module, ids)
     held = Held(monkeypatch, module.tbe, "_call")

@@ -13,14 +13,18 @@ from torchrec_turbossd.cache import entries
 from torchrec_turbossd.cache.pinned import host_rows
 
 LEAST_DRAM_ROWS = 4096
-"""Places of each table: what comes from the row store passes through them."""
+"""Places that each table has in any case, or as many as it has rows: what comes from the store passes through them."""
 
 _ALIGNMENT = 16
 _LEAST_WINDOW = 1024
 
 
 def dram_row_bytes(row_bytes: int) -> int:
-    """Bytes of host memory that a row of the tier takes: the row, and a header of 8 bytes that says whose it is."""
+    """Bytes of host memory that one row of the tier takes: the row and a header that says whose it is, in whole 16.
+
+    Args:
+        row_bytes: of the row as the store has it, without the padding of slots.
+    """
     return -(-(_header_at(row_bytes) + entries.HEADER_BYTES) // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from torchrec_turbossd.cache.dram_tier import LEAST_DRAM_ROWS, dram_row_bytes
+from torchrec_turbossd.cache.entries import PLACE
 from torchrec_turbossd.errors import BudgetError
 from torchrec_turbossd.tables import MAX_SLOTS
 
@@ -27,14 +29,8 @@ LOOKUP_BYTES = 28
 DEVICE_LOOKUP_BYTES = 20
 """The same on an accelerator: slot (8), and where it may be missing its row (8) and the slot chosen for it (4)."""
 
-LEAST_DRAM_ROWS = 4096
-"""Rows of host memory that each table has on a GPU in any case, or all of its rows: what comes from the store passes
-through them."""
-
-MOST_DRAM_ROWS = MOST_DEVICE_SLOTS = (1 << 29) - 1
+MOST_DRAM_ROWS = MOST_DEVICE_SLOTS = PLACE
 """Rows of one table that host memory holds on a GPU, and slots there, at most: numbers of both have 29 bits."""
-
-_DRAM_HEADER, _DRAM_ALIGNMENT = 8, 16
 
 STORE_BYTES_PER_ROW = 3
 """Index and filter of a row that was written to a store's files: 1.7 to 3.0 measured, for rows of 68 to 516 bytes."""
@@ -86,15 +82,6 @@ def slot_bytes(row_bytes: int, compute_device: str = "cpu") -> int:
 def lookup_bytes(compute_device: str = "cpu") -> int:
     """Bytes of fast memory that one lookup of a batch in flight takes."""
     return LOOKUP_BYTES if compute_device == "cpu" else DEVICE_LOOKUP_BYTES
-
-
-def dram_row_bytes(row_bytes: int) -> int:
-    """Bytes of host memory that one row of the DRAM tier takes: the row and its header, in whole 16 bytes.
-
-    Args:
-        row_bytes: of the row as the store has it, without the padding of slots.
-    """
-    return -(-(row_bytes + _DRAM_HEADER) // _DRAM_ALIGNMENT) * _DRAM_ALIGNMENT
 
 
 def least_dram_slots(rows: int) -> int:
