@@ -137,7 +137,7 @@ class Zipf:
     tiered: dict[float, Served]
 
     def ours(self, gpu: GpuContext, share: float) -> Served:
-        """`share` of the rows in slots, room for the rest in DRAM; warm with all rows that the stream asks for."""
+        """`share` of the rows in slots, room for all in DRAM; warm with all rows that the stream asks for."""
         if share not in self.tiered:
             shape = self.stream.shape
             slots = max(1, int(shape.rows * share))
@@ -146,7 +146,7 @@ class Zipf:
                 shape.tables,
                 shape.rows,
                 slots=slots,
-                dram=shape.rows - slots if gpu.cuda else None,
+                dram=shape.rows if gpu.cuda else None,
                 device=gpu.device,
             )
             warm(made.module, self.distinct, slots)

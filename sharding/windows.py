@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
+from torchrec_turbossd.cache.host_memory import free_bytes
 from torchrec_turbossd.errors import BudgetError
 
 WINDOW_BYTES = 16 << 20
@@ -13,8 +13,6 @@ WINDOW_BYTES = 16 << 20
 STEP_BYTES = 1 << 20
 """Bytes of rows that are read or written at once to fill a window. Rows never written are computed in int64, which
 takes many times their bytes, and stays in the processor's cache at this size."""
-
-_MEMORY = Path("/proc/meminfo")
 
 
 def window_rows(row_bytes: int) -> int:
@@ -35,22 +33,13 @@ def windows(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 def check_memory(nbytes: int, what: str) -> None:
     """Raise `BudgetError` when `nbytes` are more than the machine has free; where it does not say so, nothing."""
-    free = _free_bytes()
+    free = free_bytes()
     if nbytes > WINDOW_BYTES and free is not None and nbytes > free:
         raise BudgetError(
             f"{what} take {nbytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free; read slices of "
             "rows, or save with torch.distributed.checkpoint.save or save_snapshot, which go window by window, as "
             "async_save does with async_stager=TurboSSDStager()"
         )
-
-
-def _free_bytes() -> int | None:
-    try:
-        lines = _MEMORY.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return found[0] * 1024 if found else None
 
 
 __all__ = ["STEP_BYTES", "WINDOW_BYTES", "check_memory", "step_rows", "window_rows", "windows"]

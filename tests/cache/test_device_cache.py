@@ -38,10 +38,14 @@ class Tables:
         dram: list[int] | None,
         features: list[int],
         rows: list[int],
+        *,
+        ahead: bool = False,
+        changes: bool = True,
     ) -> None:
         device, kind = where
         if kind == "triton" and device == "cpu" and torch.cuda.is_available():
             pytest.skip("with a GPU here kernels are compiled, not interpreted")
+        self.ahead = ahead
         self.device, self.rows, self.features = torch.device(device), rows, features
         self.widths = [[8, 4] if t % 2 else [12, 12] for t in range(len(rows))]
         self.parts = [
@@ -55,6 +59,7 @@ class Tables:
             row_bytes=[sum(each) for each in self.widths],
             dram_slots=dram,
             feature_table=features,
+            changes=changes,
         )
         if kind == "torch":
             self.cache.ops = TorchOps(self.cache.state)
@@ -76,25 +81,31 @@ class Tables:
         cache = self.cache
         slots = torch.full((ids.numel(),), -7, dtype=torch.int64, device=self.device)
         batch = cache.remap(ids.to(self.device), offsets.to(self.device), bags, slots, mark=mark)
+        if self.ahead:
+            cache.bring_ahead(batch)
         first = found = cache.found()
         assert not found.flags
         while not found.all_here:
             try:
-                cache.check_room(batch, found)
+                absent = cache.bring(batch, found)
             except CacheFullError:
                 cache.give_up(batch)
                 raise
-            if found.in_dram.any():
-                cache.promote(batch, found)
-            if not found.absent.any():
+            if not absent:
                 break
-            for table, wanted in cache.absent(batch):
+            for table, wanted in absent:
                 cache.put(table, wanted, self.stored[table][wanted], self.write_back)
             cache.again(batch)
             found = cache.found()
-        if not first.all_here:
-            cache.refill(batch)
         return batch, (first.in_dram + first.absent).tolist()
+
+    def put_in_slots(self, table: int, ids: Tensor, slots: Tensor) -> None:
+        """Rows as the store has them, in slots that were taken out."""
+        at = 0
+        for part in self.parts[table]:
+            part[slots] = self.stored[table][ids][:, at : at + part.shape[1]].to(self.device)
+            at += part.shape[1]
+        self.cache.admit(table, ids.to(self.device), slots)
 
     def change(self, table: int, slots: Tensor, ids: Tensor) -> None:
         """Training: other bytes for the rows of `ids` [N], which are in `slots` [N]."""
@@ -118,10 +129,11 @@ def _batch(tables: Tables, generator: torch.Generator, bags: int) -> tuple[Tenso
 
 
 @pytest.mark.parametrize(("device", "kind"), BOTH)
+@pytest.mark.parametrize("ahead", [False, True], ids=["asked", "ahead"])
 @pytest.mark.parametrize("dram", [None, [30, 0, 5000]], ids=["staging", "tier"])
-def test_beside_a_dict(device: str, kind: str, dram: list[int] | None) -> None:
+def test_beside_a_dict(device: str, kind: str, dram: list[int] | None, ahead: bool) -> None:
     """Rows, changed in slots as training does, are right wherever they go, and what missed is counted exactly."""
-    tables = Tables((device, kind), [40, 25, 60], dram, [0, 0, 1, 2], [200, 25, 300])
+    tables = Tables((device, kind), [40, 25, 60], dram, [0, 0, 1, 2], [200, 25, 300], ahead=ahead)
     generator = torch.Generator().manual_seed(5)
     for step in range(25):
         ids, offsets = _batch(tables, generator, 6)
@@ -147,6 +159,32 @@ def test_beside_a_dict(device: str, kind: str, dram: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize(("device", "kind"), BOTH)
+@pytest.mark.parametrize("ahead", [False, True], ids=["asked", "ahead"])
+def test_copies_beside_a_dict(device: str, kind: str, ahead: bool) -> None:
+    """Rows that do not change in slots have a place of their own in DRAM, which they get when they first leave one."""
+    tables = Tables((device, kind), [40, 60], [200, 300], [0, 0, 1], [200, 300], ahead=ahead, changes=False)
+    generator = torch.Generator().manual_seed(6)
+    for table, each in enumerate(tables.live):
+        each.random_(generator=generator)
+        tables.stored[table] = each.clone()
+    for step in range(30):
+        ids, offsets = _batch(tables, generator, 6)
+        batch, _ = tables.bring(ids, offsets, 6, mark=False)
+        for feature, table in enumerate(tables.features):
+            part = slice(int(offsets[feature * 6]), int(offsets[(feature + 1) * 6]))
+            assert torch.equal(tables.row(table, batch.slots[part].cpu()), tables.live[table][ids[part]])
+        if step % 5 == 4:
+            # As a swap of versions takes slots, and as warming up fills them.
+            taken = tables.cache.evict(1, 8)
+            absent = torch.nonzero(tables.cache.entries_of(1, torch.arange(300, device=tables.device)) == 0).flatten()
+            tables.put_in_slots(1, absent[:8].cpu(), taken[: absent.numel()])
+            tables.cache.give(1, taken[absent.numel() :])
+            tables.cache.check()
+    there = torch.arange(300, device=tables.device)
+    assert bool((tables.cache.in_dram(1, there)[0]).sum() > 60), "what was asked for once is in DRAM"
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
 def test_rows_of_batches_in_flight_stay(device: str, kind: str) -> None:
     """A batch that does not fit beside those in flight is refused, and fits when they have ended."""
     tables = Tables((device, kind), [8], None, [0], [100])
@@ -166,9 +204,10 @@ def test_rows_of_batches_in_flight_stay(device: str, kind: str) -> None:
 
 @pytest.mark.parametrize(("device", "kind"), BOTH)
 def test_bad_batches_are_told(device: str, kind: str) -> None:
-    """Ids outside their table and offsets that fall are flagged; row 0 stands for such an id."""
+    """Ids outside their table and offsets that fall are flagged, and offsets that do not fall take their place."""
     tables = Tables((device, kind), [8], None, [0], [100])
     slots = torch.empty(3, dtype=torch.int64, device=tables.device)
+    safe = torch.empty(3, dtype=torch.int32, device=tables.device)
     for ids, offsets, flag in (
         ([1, -1, 2], [0, 1, 3], 2),
         ([1, 100, 2], [0, 1, 3], 2),
@@ -176,10 +215,11 @@ def test_bad_batches_are_told(device: str, kind: str) -> None:
         ([1, 1, 2], [0, 1, 2], 1),
         ([1, 1, 2], [1, 1, 3], 1),
     ):
-        batch = tables.cache.remap(
-            torch.tensor(ids, device=tables.device), torch.tensor(offsets, device=tables.device), 2, slots, mark=False
-        )
+        given = torch.tensor(ids, device=tables.device), torch.tensor(offsets, device=tables.device)
+        batch = tables.cache.remap(*given, 2, slots, mark=False, safe=safe)
+        tables.cache.bring_ahead(batch)
         assert tables.cache.found().flags == flag
+        assert safe.tolist() == ([0, 0, 0] if flag == 1 else offsets)
         tables.cache.give_up(batch)
         tables.cache.check()
 

@@ -51,13 +51,12 @@ def test_a_dram_budget_goes_where_it_hits_most_on_a_gpu() -> None:
     assert hits(0) > max(hits(moved) for moved in (-4_000, 4_000))
 
 
-def test_the_tier_of_a_gpu_holds_no_more_than_rows_without_a_slot() -> None:
+def test_the_tier_of_a_gpu_holds_rows_without_a_slot_or_copies_of_all() -> None:
     tables, access = gpu_tables(1.0, 1.0)
     # A table that is all in slots needs none but the rows that pass through.
-    assert plan_dram_slots(tables, [100_000, 60_000], ServingConfig(dram_budget_gb=9.0, access=access)) == [
-        4096,
-        40_000,
-    ]
+    for rows, wanted in ((4096 + 99_000, [4096, 40_000]), (4096 + 100_000, [4096, 100_000])):
+        config = ServingConfig(dram_budget_gb=rows * 32 / GIB, access=access)
+        assert plan_dram_slots(tables, [100_000, 60_000], config) == wanted
     assert plan_dram_slots(tables, [5_000, 5_000], ServingConfig()) is None
     least = 2 * 4096 * 32
     with pytest.raises(BudgetError, match=f"dram_budget_gb.* take at least {least:,} bytes"):

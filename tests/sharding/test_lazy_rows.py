@@ -12,6 +12,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torch import Tensor
 
+from torchrec_turbossd.cache import host_memory
 from torchrec_turbossd.errors import BudgetError, InputError
 from torchrec_turbossd.sharding import windows
 from torchrec_turbossd.sharding.lazy_rows import LazyRows
@@ -232,7 +233,7 @@ def test_a_shape_cannot_change(bench: Bench) -> None:
 def test_more_than_the_memory_that_is_free_is_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(windows, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "_MEMORY", tmp_path / "meminfo")
     bench.lazy().clone()
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 1 kB\n")
     assert bench.lazy()[:20].clone().shape == (20, COLS)

@@ -7,7 +7,7 @@ only launches; those of the row store come through places of the DRAM tier.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,20 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchrec_turbossd.cache import entries
+from torchrec_turbossd.cache.current_stream import CurrentStream
 from torchrec_turbossd.cache.device_ops import DeviceOps
 from torchrec_turbossd.cache.device_reference import TorchOps
-from torchrec_turbossd.cache.device_slots import DeviceSlots, Pin
+from torchrec_turbossd.cache.device_slots import Pin
 from torchrec_turbossd.cache.device_state import Batch, DeviceState
+from torchrec_turbossd.cache.device_tiers import TieredSlots
 from torchrec_turbossd.cache.dram_tier import LEAST_DRAM_ROWS, DramTier
-from torchrec_turbossd.cache.free_slots import FreeSlots
 from torchrec_turbossd.cache.policies import DEFAULT_POLICY
-from torchrec_turbossd.cache.slot_map import SlotMap, SparseSlotMap
+from torchrec_turbossd.cache.slot_map import SlotMap
 from torchrec_turbossd.errors import CacheFullError, ConfigError
 
 Ints = NDArray[np.int64]
 _MOST_RECENT = 32
-WriteBack = Callable[[int, Tensor, Tensor], None]
-"""Called with a table, local ids [N] int64 and rows [N, row_bytes] uint8, on the CPU, that leave for the row store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Found:
     absent: Ints
 
 
-class DeviceCache(DeviceSlots):
+class DeviceCache(TieredSlots):
     """Slots and DRAM tier of several tables. Not thread-safe: the owner holds a lock, and orders streams.
 
     Args:
@@ -55,6 +54,8 @@ class DeviceCache(DeviceSlots):
         parts: for each table, the parts of a row in slots: [slots + 1, bytes] uint8 views, on one device.
         row_bytes: of each table.
         dram_slots: rows of each table that the DRAM tier keeps; None, or 0: rows only pass through it.
+        changes: rows change in slots. Where they do not, and there is room for every row of a table, the tier keeps
+            copies.
         feature_table: for each feature, its table.
 
     Raises:
@@ -71,6 +72,7 @@ class DeviceCache(DeviceSlots):
         dram_slots: Sequence[int] | None,
         feature_table: Sequence[int],
         policy: str = DEFAULT_POLICY,
+        changes: bool = True,
     ) -> None:
         if policy != DEFAULT_POLICY:
             raise ConfigError(f"on a GPU the eviction policy is {DEFAULT_POLICY!r}, got {policy!r}; leave it out")
@@ -83,14 +85,17 @@ class DeviceCache(DeviceSlots):
                 f"{max(slots):,} and {max(places):,}; shard it by rows, or lower its budgets"
             )
         slot_map = SlotMap(sum(rows), device)
-        self.tier = DramTier(row_bytes, places, [n > 0 for n in wanted], device)
-        state = DeviceState(rows, slots, parts, self.tier, feature_table, slot_map.entries)
+        keeps = [_keeps(n, count, changes=changes) for n, count in zip(wanted, rows, strict=True)]
+        tier = DramTier(row_bytes, places, keeps, device)
+        state = DeviceState(rows, slots, parts, tier, feature_table, slot_map.entries)
         super().__init__(state, _ops(state), slot_map)
         self.policy = policy
         self._feature_table = np.asarray(feature_table, dtype=np.int64)
         self._one_each = list(feature_table) == list(range(len(rows)))
+        self._no_slots = [torch.empty(0, dtype=torch.int64, device=device) for _ in rows]
         self._none = np.zeros(len(rows), dtype=np.int64)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._current = CurrentStream(device.index or 0) if device.type == "cuda" else None
         self._recent: list[tuple[int, Ints]] = []
         """Lookups by table of the batches since the oldest in flight."""
 
@@ -103,7 +108,6 @@ class DeviceCache(DeviceSlots):
         *,
         mark: bool,
         safe: Tensor | None = None,
-        stream: torch.cuda.Stream | None = None,
     ) -> Batch:
         """Begin a batch: launch what finds `slots` [N] int32 or int64 (written; 0 where a row is in none).
 
@@ -112,8 +116,7 @@ class DeviceCache(DeviceSlots):
         Args:
             ids, offsets: [N], N > 0, and [features * bags + 1] int32 or int64, contiguous.
             mark: the batch will change its rows.
-            safe: as `offsets`, written: the same but that they never lead out of the batch. None: not wanted.
-            stream: the current one, where it is known.
+            safe: as `offsets`, written: the same, or all 0 where those do not rise from 0 to N. None: not wanted.
         """
         self._now += 1
         if self._now >= entries.LAST_STAMP:
@@ -122,14 +125,15 @@ class DeviceCache(DeviceSlots):
         # Never into `offsets`: they are the caller's, and read by programs that have not begun.
         safe = torch.empty_like(offsets) if safe is None else safe
         batch = Batch(ids, offsets, bags, safe, slots, self._now, mark, touch)
-        self.again(batch, stream)
+        self.again(batch)
         return batch
 
-    def again(self, batch: Batch, stream: torch.cuda.Stream | None = None) -> None:
+    def again(self, batch: Batch) -> None:
         """Remap a batch once more, as the same one: nothing counts as read twice."""
+        batch.ahead = False
         self.ops.remap(batch)
-        if self._event is not None:
-            self._event.record(stream or torch.cuda.current_stream(self.device.index))
+        if self._event is not None and self._current is not None:
+            self._event.record(self._current())
 
     def _renumber(self) -> None:
         """Let batches in flight, and slots, have small numbers again."""
@@ -177,18 +181,19 @@ class DeviceCache(DeviceSlots):
             self._recent = [(self._now, sum((each for _, each in self._recent), np.zeros_like(lookups)))]
         self._recent.append((self._now, lookups))
 
-    def check_room(self, batch: Batch, found: Found) -> None:
-        """See that all rows of a batch can be in slots beside those of batches in flight.
-
-        Raises:
-            CacheFullError: there are too few slots; nothing has changed but that `give_up` must follow.
-        """
+    def _has_room(self, batch: Batch, found: Found) -> bool:
+        """Surely all rows of a batch can be in slots beside those of batches in flight, by what the host knows."""
         oldest = min(self.oldest, batch.stamp)
-        need, slots = found.in_dram + found.absent, np.asarray(self.own)
-        used = sum((lookups for stamp, lookups in self._recent if stamp >= oldest), np.zeros_like(need))
-        if bool((used + need <= slots).all()):
+        need = found.in_dram + found.absent
+        used = sum((lookups for stamp, lookups in self._recent if stamp >= oldest), need)
+        return bool((used <= np.asarray(self.own)).all())
+
+    def _check_room(self, batch: Batch, found: Found) -> None:
+        """See that they can. `CacheFullError` when not: nothing has changed but that `give_up` must follow."""
+        if self._has_room(batch, found):
             return
-        if bool((need <= slots - self._used_since(oldest)).all()):
+        need, slots = found.in_dram + found.absent, np.asarray(self.own)
+        if bool((need <= slots - self._used_since(min(self.oldest, batch.stamp))).all()):
             return
         # Batches that came after one in flight are held with it; now they are not.
         for pin in self._active:
@@ -220,11 +225,45 @@ class DeviceCache(DeviceSlots):
             words = self.state.state[at] & (entries.READS | entries.DIRTY)
             self.state.state[at] = words | (stamp << entries.STAMP_SHIFT)
 
-    def promote(self, batch: Batch, found: Found) -> None:
-        """Bring the rows that the DRAM tier has into slots. Rows of batches in flight stay, and those of this one.
+    def bring_ahead(self, batch: Batch) -> bool:
+        """Launch what brings in the rows that the DRAM tier has before `found` tells of them; False where it must.
 
-        `check_room` has found that there are enough slots.
+        Rows of batches in flight stay, whatever comes.
         """
+        batch.ahead = not any(self._free)
+        if batch.ahead:
+            self.ops.choose(batch, self._no_slots, min(self.oldest, batch.stamp))
+            self.ops.exchange(batch)
+            self.ops.refill(batch)
+        return batch.ahead
+
+    def bring(self, batch: Batch, found: Found) -> list[tuple[int, Tensor]]:
+        """Bring the rows that the DRAM tier has into slots, and set those of `batch.slots` that were 0.
+
+        Returns the rows that are in no tier, as (table, local ids ascending) on the CPU; while there are any, the host
+        has waited for the device, nothing is claimed, and `batch.slots` is not set. `batch.ahead` stays where
+        `bring_ahead` was enough.
+
+        Raises:
+            CacheFullError: there are too few slots.
+        """
+        if batch.ahead and not self._has_room(batch, found):
+            # Some rows may have found no slot, of which a closer look may show more.
+            self.ops.unclaim(batch)
+            self.again(batch)
+            found = self.found()
+        if not batch.ahead:
+            self._check_room(batch, found)
+            if found.in_dram.any():
+                self._promote(batch, found)
+        if found.absent.any():
+            batch.ahead = False
+            return self._absent(batch)
+        if not batch.ahead:
+            self.ops.refill(batch)
+        return []
+
+    def _promote(self, batch: Batch, found: Found) -> None:
         given = [self._free[t].take(int(n)) for t, n in enumerate(found.in_dram.tolist())]
         try:
             self.ops.choose(batch, given, min(self.oldest, batch.stamp))
@@ -234,11 +273,8 @@ class DeviceCache(DeviceSlots):
             raise
         self.ops.exchange(batch)
 
-    def absent(self, batch: Batch) -> list[tuple[int, Tensor]]:
-        """The rows that are in no tier, and give up the claims on all that was listed: (table, local ids, ascending).
-
-        On the CPU; waits for the device.
-        """
+    def _absent(self, batch: Batch) -> list[tuple[int, Tensor]]:
+        """The rows that are in no tier, and give up the claims on all that was listed."""
         listed = self.ops.absent(batch)
         by_table: list[list[Tensor]] = [[] for _ in self.rows]
         for feature, ids in enumerate(listed):
@@ -258,38 +294,6 @@ class DeviceCache(DeviceSlots):
         else:
             self.ops.unclaim(batch)
 
-    def refill(self, batch: Batch) -> None:
-        """Set those of `batch.slots` that were 0, now that all of its rows are in slots."""
-        self.ops.refill(batch)
-
-    def put(self, table: int, ids: Tensor, rows: Tensor, write_back: WriteBack) -> int:
-        """Put rows from the store into the DRAM tier: as many of the first as there are places; returns how many.
-
-        Waits for the device. What leaves the tier and is not in the store is written back first; if that raises,
-        nothing has changed.
-
-        Args:
-            ids: [N] int64, distinct, in no tier. rows: [N, row_bytes] uint8. Both on the CPU.
-        """
-        self.synchronize()
-        places, gone, held = self.tier.make_room(table, ids.numel())
-        dirty = self.tier.is_dirty(table, held)
-        if bool(dirty.any()):
-            write_back(table, gone[dirty], self.tier.read(table, held[dirty]))
-        count, base = places.numel(), self.base_of[table]
-        entry = (places | entries.IN_DRAM).to(torch.int32).to(self.device)
-        leave, come = (gone + base).to(self.device), (ids[:count] + base).to(self.device)
-        self.map.clear(leave)
-        self.tier.release(table, held)
-        self.tier.admit(table, places, ids[:count], rows[:count])
-        self.map.set(come, entry)
-        return count
-
-    def synchronize(self) -> None:
-        """Wait until no kernel of the current stream uses the DRAM tier."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
     def pin(self, batch: Batch) -> Pin:
         """Hold the rows of a batch in their slots until `unpin`."""
         pin = Pin(batch)
@@ -300,80 +304,17 @@ class DeviceCache(DeviceSlots):
         """The batch has ended."""
         self._active.remove(pin)
 
-    def in_dram(self, table: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of local `ids` [N] are in the DRAM tier, and where: ([N] bool, [M] int64), on the CPU; waits."""
-        entry = self.entries_of(table, ids.to(self.device)).cpu()
-        self.synchronize()
-        there = entry < 0
-        return there, (entry[there] & entries.PLACE).to(torch.int64)
-
-    def mark_in_dram(self, table: int, ids: Tensor, places: Tensor, *, dirty: bool) -> None:
-        """Rows of local `ids` [N] at `places` [N] of the DRAM tier differ from the store's, or do not. On the CPU."""
-        self.tier.mark(table, places, dirty=dirty)
-        entry = (places | entries.IN_DRAM | (entries.DIRTY_IN_DRAM if dirty else 0)).to(torch.int32)
-        self.map.set((ids + self.base_of[table]).to(self.device), entry.to(self.device))
-
-    def forget(self) -> None:
-        """Every row is absent; no batch is in flight."""
-        self.synchronize()
-        self.state.slot_map.zero_()
-        self.state.reset_slots()
-        self.ops.locate()
-        self.tier.clear()
-        self._free = [FreeSlots(1, n, self.device) for n in self.slots]
-        self.own = list(self.slots)
-
     def beside(self) -> DeviceCache:
-        """An empty cache of the same tables over the same slots, which has none of them: for `give` and `replace`."""
-        other = DeviceCache.__new__(DeviceCache)
-        other.__dict__.update(self.__dict__)
-        other.state = self.state.beside()
-        other.ops = TorchOps(other.state)
-        # A second dense map would be allocated whole.
-        other.map = SparseSlotMap(self.device)
-        other._free = [FreeSlots(n + 1, n, self.device) for n in self.slots]
-        other._active, other._recent, other.own = [], [], [0] * len(self.slots)
+        """As `TieredSlots.beside`."""
+        other = super().beside()
+        other._recent = []
         return other
 
-    def replace(self, other: DeviceCache) -> None:
-        """Take the place of a cache that this one was made `beside`: the slot map is its now, the DRAM tier empty."""
-        if isinstance(self.map, SlotMap) or isinstance(other.map, SparseSlotMap):
-            return
-        self.synchronize()
-        self.tier.clear()
-        theirs = [self._placed(other, table) for table in range(len(self.slots))]
-        ours = [self._placed(self, table) for table in range(len(self.slots))]
-        dense, sparse = other.map, SparseSlotMap(self.device)
-        other.state.slot_map.zero_()
-        for ids, slots in theirs:
-            sparse.set(ids, slots)
-        for ids, slots in ours:
-            dense.set(ids, slots)
-        self.map, other.map = dense, sparse
-        self.state.slot_map = other.state.slot_map
-        self.ops, other.ops = other.ops, self.ops
-        self.ops.state, other.ops.state = self.state, other.state
-        self.ops.locate()
-        self._now = max(self._now, other._now)
 
-    @staticmethod
-    def _placed(cache: DeviceSlots, table: int) -> tuple[Tensor, Tensor]:
-        ids, slots = cache.resident(table)
-        return ids + cache.base_of[table], slots
-
-    def check(self, away: Sequence[Tensor] | None = None) -> None:
-        """`DeviceSlots.check`, and that the slot map and the DRAM tier agree."""
-        super().check(away)
-        self.synchronize()
-        count = 0
-        for table in range(len(self.rows)):
-            ids, places = self.tier.resident(table)
-            there, at = self.in_dram(table, ids)
-            count += ids.numel()
-            if not bool(there.all()) or not torch.equal(at, places):
-                raise RuntimeError(f"cache invariant broken in table {table}: the slot map and the DRAM tier agree")
-        if isinstance(self.map, SlotMap) and int((self.state.slot_map < 0).sum()) != count:
-            raise RuntimeError("cache invariant broken: each entry of the DRAM tier belongs to a row in it")
+def _keeps(dram_slots: int, rows: int, *, changes: bool) -> int:
+    if dram_slots >= rows and not changes:
+        return entries.KEEP_COPIES
+    return entries.KEEP_ALL if dram_slots else entries.KEEP_CHANGED
 
 
 def _ops(state: DeviceState) -> DeviceOps:

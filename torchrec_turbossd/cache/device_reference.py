@@ -22,7 +22,7 @@ class TorchOps(DeviceOps):
         state, features = self.state, len(self.state.feature_table)
         ends = batch.offsets[:: batch.bags].to(torch.int64).clamp(0, batch.ids.numel()).tolist()
         flags = entries.BAD_OFFSETS * self._falls(batch)
-        batch.safe.copy_(batch.offsets.clamp(0, batch.ids.numel()))
+        batch.safe.copy_(batch.offsets)
         self._listed = []
         for feature, table in enumerate(state.feature_table):
             start, stop = ends[feature], max(ends[feature], ends[feature + 1])
@@ -38,6 +38,7 @@ class TorchOps(DeviceOps):
             self._listed.append(self._claim(table, rows[~here]))
         if flags & entries.BAD_OFFSETS:
             batch.slots.zero_()
+            batch.safe.zero_()
         self.report[0] = flags
         for feature, (low, high) in enumerate(self._listed):
             self.report[1 + feature], self.report[1 + features + feature] = low.numel(), high.numel()
@@ -72,6 +73,10 @@ class TorchOps(DeviceOps):
         return [high for _, high in self._listed]
 
     def choose(self, batch: Batch, given: Given, oldest: int) -> None:
+        if int(self.report[0]) & entries.BAD_OFFSETS:
+            none = torch.empty(0, dtype=torch.int64, device=self.state.device)
+            self._chosen = [none for _ in self._listed]
+            return
         free = [each.clone() for each in given]
         self._chosen = []
         for feature, table in enumerate(self.state.feature_table):
@@ -98,19 +103,22 @@ class TorchOps(DeviceOps):
         places = (entry & entries.PLACE).to(torch.int64)
         owner, word = state.owners[at], state.state[at]
         leaves, dirty = owner >= 0, (word & entries.DIRTY) > 0
-        out = leaves & (dirty | tier.keeps[table])
+        out = leaves & (dirty | (tier.keeps[table] == entries.KEEP_ALL))
+        copied = leaves & tier.copies(table)
+        back, dirty = torch.where(copied, owner, places), dirty & ~copied
         there, offset = tier.tables[table], 0
         for part in state.parts[table]:
             goes = part[slots].cpu()
             part[slots] = there[places.cpu(), offset : offset + part.shape[1]].to(part.device)
-            there[places[out].cpu(), offset : offset + part.shape[1]] = goes[out.cpu()]
+            there[back[out].cpu(), offset : offset + part.shape[1]] = goes[out.cpu()]
             offset += part.shape[1]
         said = owner | entries.HEADER_FRESH | torch.where(dirty, entries.HEADER_DIRTY, 0)
         said = torch.where(out, said, entries.FREE).cpu()
         header = tier.header_at[table]
-        there[places.cpu(), header : header + entries.HEADER_BYTES] = said[:, None].view(torch.uint8)
-        now = entries.IN_DRAM | torch.where(dirty, entries.DIRTY_IN_DRAM, 0) | places.to(torch.int32)
-        state.slot_map[(owner + base)[leaves]] = torch.where(out, now, 0)[leaves].to(torch.int32)
+        told = out.cpu() if tier.copies(table) else slice(None)
+        there[back.cpu()[told], header : header + entries.HEADER_BYTES] = said[told][:, None].view(torch.uint8)
+        now = entries.IN_DRAM | torch.where(dirty, entries.DIRTY_IN_DRAM, 0) | back.to(torch.int32)
+        state.slot_map[(owner + base)[leaves]] = torch.where(out | copied, now, 0)[leaves].to(torch.int32)
         state.slot_map[rows + base] = slots.to(torch.int32)
         state.owners[at] = rows
         kept = torch.where((entry & entries.DIRTY_IN_DRAM) > 0, entries.DIRTY, 0) | (entries.DIRTY if batch.mark else 0)

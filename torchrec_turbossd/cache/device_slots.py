@@ -89,7 +89,7 @@ class DeviceSlots:
         self.own[table] += slots.numel()
 
     def evict(self, table: int, count: int) -> Tensor:
-        """Make up to `count` rows absent, without regard to dirty marks; returns their slots, taken out."""
+        """Take up to `count` rows out of their slots, without regard to dirty marks; returns these, taken out."""
         slots = self.ops.empty(table, count, self.oldest)
         self._empty(table, slots)
         self.own[table] -= slots.numel()
@@ -97,21 +97,25 @@ class DeviceSlots:
 
     def _empty(self, table: int, slots: Tensor) -> None:
         at = self._at(table, slots)
-        self.map.clear(self.state.owners[at] + self.base_of[table])
+        owners = self.state.owners[at]
+        self.map.clear(owners + self.base_of[table])
+        if self.state.tier.copies(table) and isinstance(self.map, SlotMap):
+            copied = owners[(self.state.state[at] & entries.DIRTY) == 0]
+            self.map.set(copied + self.base_of[table], (copied | entries.IN_DRAM).to(torch.int32))
         self.state.owners[at] = entries.FREE
         self.state.state[at] = 0
 
     def admit(self, table: int, ids: Tensor, slots: Tensor) -> None:
-        """Absent, distinct local `ids` [N] are in `slots` [N], which were taken out; clean and unpinned."""
+        """Absent, distinct local `ids` [N], as the store has them, are in `slots` [N], which were taken out."""
         at = self._at(table, slots)
         self.map.set(ids + self.base_of[table], slots)
         self.state.owners[at] = ids
-        self.state.state[at] = 0
+        self.state.state[at] = entries.DIRTY if self.state.tier.copies(table) else 0
         self.ops.enqueue(table, slots, ids)
         self.own[table] += slots.numel()
 
     def remove(self, table: int, ids: Tensor) -> Tensor:
-        """Make distinct local `ids` [N] that are in slots and unpinned absent; returns their slots, taken out."""
+        """Take distinct local `ids` [N] that are in slots and unpinned out of them; returns their slots, taken out."""
         slots = self.slots_of(table, ids)
         self._empty(table, slots)
         drop_slots(self.state, table, slots)

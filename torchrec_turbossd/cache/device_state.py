@@ -84,7 +84,7 @@ class DeviceState:
                     rank.data_ptr(),
                     rank.shape[1],
                     self.tier.header_at[table],
-                    int(self.tier.keeps[table]),
+                    self.tier.keeps[table],
                 ]
             )
             ring += small + slots
@@ -125,10 +125,11 @@ class Batch:
 
     Args:
         ids, offsets: [N] and [features * bags + 1] int32 or int64, contiguous.
-        safe: as `offsets`, int32 or int64: written, the same but that they never lead out of the batch.
+        safe: as `offsets`, int32 or int64: written, the same; all 0 where those do not rise from 0 to N.
         slots: [N] int32 or int64, written: each lookup's slot, 0 for none yet.
         mark: the batch will change its rows. touch: its slots count as used, which nobody asks where none is emptied.
         stamp: the batch's number.
+        ahead: what brings its rows in was launched before it was known which they are.
     """
 
     ids: Tensor
@@ -139,6 +140,7 @@ class Batch:
     stamp: int
     mark: bool
     touch: bool
+    ahead: bool = False
 
 
 __all__ = ["Batch", "DeviceState", "small_places"]

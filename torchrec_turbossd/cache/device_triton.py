@@ -14,6 +14,7 @@ from torchrec_turbossd.cache.device_ops import DeviceOps, Given
 from torchrec_turbossd.cache.device_state import Batch, DeviceState
 
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+_LEAST_EXCHANGE = 256
 _PROGRAMS = 2048
 """Programs of one kernel, roughly: enough to fill a GPU, few enough to start quickly."""
 
@@ -133,8 +134,9 @@ class TritonOps(DeviceOps):
 
     def exchange(self, batch: Batch) -> None:
         state, features = self.state, len(self.state.feature_table)
-        most = int(self.report[1 : 1 + features].max())
-        groups = max(1, min(-(-most // kernels_rows.EXCHANGE_ROWS), 8 * _PROGRAMS // features))
+        # It may be the last batch's count as yet; whoever there is does it all.
+        most = max(_LEAST_EXCHANGE, int(self.report[1 : 1 + features].max()))
+        groups = max(1, min(-(-most // kernels_rows.EXCHANGE_ROWS), 16 * _PROGRAMS // features))
         self._launch(
             kernels_rows.exchange,
             (groups, features),
@@ -144,6 +146,7 @@ class TritonOps(DeviceOps):
             WORD=_WORDS[state.word_bytes],
             ROWS=kernels_rows.EXCHANGE_ROWS,
             COLS=kernels_rows.EXCHANGE_WORDS,
+            num_warps=kernels_rows.EXCHANGE_WARPS,
         )
 
     def refill(self, batch: Batch) -> None:

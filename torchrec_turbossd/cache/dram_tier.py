@@ -1,4 +1,4 @@
-"""Rows in pinned host memory, which a GPU reads and writes in place: the tier between slots and the row store."""
+"""Rows in host memory, which a GPU reads and writes in place: the tier between slots and the row store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchrec_turbossd.cache import entries
-from torchrec_turbossd.cache.pinned import host_rows
+from torchrec_turbossd.cache.host_memory import host_rows
 
 LEAST_DRAM_ROWS = 4096
 """Places that each table has in any case, or as many as it has rows: what comes from the store passes through them."""
@@ -38,30 +38,31 @@ class DramTier:
     Args:
         row_bytes: of each table.
         places: of each table.
-        keeps: for each table, whether the tier keeps every row that leaves a slot; else only those that the row store
-            does not have.
+        keeps: for each table, `entries.KEEP_CHANGED`, `KEEP_ALL` or `KEEP_COPIES`; the last needs a place for each row.
     """
 
     def __init__(
-        self, row_bytes: Sequence[int], places: Sequence[int], keeps: Sequence[bool], device: torch.device
+        self, row_bytes: Sequence[int], places: Sequence[int], keeps: Sequence[int], device: torch.device
     ) -> None:
         self.row_bytes, self.places, self.keeps = list(row_bytes), list(places), list(keeps)
         self.header_at = [_header_at(size) for size in row_bytes]
-        self.tables = [
-            host_rows(count, dram_row_bytes(size), device) for size, count in zip(row_bytes, places, strict=True)
-        ]
-        self._headers: list[NDArray[np.int64]] = [
-            table.numpy()[:, at : at + entries.HEADER_BYTES].view(np.int64)[:, 0]
-            for table, at in zip(self.tables, self.header_at, strict=True)
-        ]
+        self.tables: list[Tensor] = []
+        self._headers: list[NDArray[np.int64]] = []
+        for size, count, at in zip(row_bytes, places, self.header_at, strict=True):
+            self.tables.append(host_rows(count, dram_row_bytes(size), device))
+            self._headers.append(self.tables[-1].numpy()[:, at : at + entries.HEADER_BYTES].view(np.int64)[:, 0])
+            # Only now is the memory taken.
+            self._headers[-1][:] = entries.FREE
         self._hands = [0] * len(places)
-        for header in self._headers:
-            header[:] = entries.FREE
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pinned host memory."""
+        """Bytes of host memory."""
         return sum(table.nbytes for table in self.tables)
+
+    def copies(self, table: int) -> bool:
+        """Rows of a table stay where they are when they come into slots."""
+        return self.keeps[table] == entries.KEEP_COPIES
 
     def read(self, table: int, places: Tensor) -> Tensor:
         """Rows at `places` [N] int64: [N, row_bytes] uint8."""
@@ -102,14 +103,16 @@ class DramTier:
         ids = self._headers[table][places] & entries.HEADER_ID
         return torch.from_numpy(ids), torch.from_numpy(places)
 
-    def make_room(self, table: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Up to `count` places in the order of a clock's hand, those of rows that came lately last.
+    def make_room(self, table: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Places for the first of `ids` [N] int64, which are not here: in the order of a clock's hand.
 
-        Returns (places [N], ids [M], places [M]): places to use, and the rows that are at some of them. These must be
+        Returns (places [M], ids [K], places [K]): places to use, and the rows that are at some of them. These must be
         taken out before anything is put there.
         """
+        if self.copies(table):
+            return ids, ids[:0], ids[:0]
         header, size = self._headers[table], self.places[table]
-        count = min(count, size)
+        count = min(ids.numel(), size)
         found: list[NDArray[np.int64]] = []
         # The second round finds what the first has unmarked.
         left, passed = count, 0

@@ -15,10 +15,16 @@ PLACE = (1 << 29) - 1
 """The part of a negative entry that says where in the DRAM tier."""
 
 READS, DIRTY, STAMP_SHIFT = 3, 4, 3
-"""State of a slot, an int32: reads since it last moved on in its queue (2 bits), dirty mark, last batch's number."""
+"""State of a slot, an int32: reads since it last moved on in its queue (2 bits), dirty mark, last batch's number.
+
+Dirty is a row that the row store does not have; where the tier keeps copies, one that has none there."""
 
 LAST_STAMP = 1 << 28
 """Batch numbers must stay below."""
+
+# What the DRAM tier keeps of rows that leave slots: those that the row store does not have, all, or of every row that
+# was ever there a copy, each in a place of its own, whose number is the row's id.
+KEEP_CHANGED, KEEP_ALL, KEEP_COPIES = range(3)
 
 # The header behind a row of the DRAM tier, an int64: who it is, and these marks; FREE where there is no row.
 FREE = -1
@@ -109,6 +115,9 @@ __all__ = [
     "HEADER_ID",
     "IN_DRAM",
     "KEEP",
+    "KEEP_ALL",
+    "KEEP_CHANGED",
+    "KEEP_COPIES",
     "LAST_STAMP",
     "MAIN_BASE",
     "MAIN_COUNT",

@@ -45,7 +45,8 @@ AT_FEATURES, AT_FEATURE_FIRST = tl.constexpr(entries.AT_FEATURES), tl.constexpr(
 AT_FEATURE_LIST, AT_COUNTS = tl.constexpr(entries.AT_FEATURE_LIST), tl.constexpr(entries.AT_COUNTS)
 AT_PUBLISHED, AT_REPORT = tl.constexpr(entries.AT_PUBLISHED), tl.constexpr(entries.AT_REPORT)
 AT_DONE = tl.constexpr(entries.AT_DONE)
-KEEP = tl.constexpr(entries.KEEP)
+KEEP, KEEP_ALL = tl.constexpr(entries.KEEP), tl.constexpr(entries.KEEP_ALL)
+KEEP_COPIES = tl.constexpr(entries.KEEP_COPIES)
 
 
 @triton.jit
@@ -108,6 +109,8 @@ __all__ = [
     "HEADER",
     "IN_DRAM",
     "KEEP",
+    "KEEP_ALL",
+    "KEEP_COPIES",
     "MAIN_BASE",
     "MISSES",
     "MODIFIED",

@@ -42,7 +42,7 @@ BLOCK = 1024
 def _check_offsets(offsets, safe, feature, features, bags, lookups, part, parts, lane, BLOCK: tl.constexpr):
     """1 where offsets fall, or do not go from 0 to the number of lookups; each program judges a part.
 
-    In `safe` they never lead out of the batch.
+    `safe` gets a copy of them.
     """
     wrong = tl.zeros((BLOCK,), tl.int32)
     start = feature.to(tl.int64) * bags
@@ -51,16 +51,16 @@ def _check_offsets(offsets, safe, feature, features, bags, lookups, part, parts,
         here = tl.load(offsets + start + bag, mask=bag < bags, other=0)
         after = tl.load(offsets + start + bag + 1, mask=bag < bags, other=0)
         wrong |= (after < here).to(tl.int32)
-        tl.store(safe + start + bag, tl.minimum(tl.maximum(here, 0), lookups), mask=bag < bags)
+        tl.store(safe + start + bag, here, mask=bag < bags)
     wrong |= ((feature == 0) & (tl.load(offsets) != 0)).to(tl.int32)
     end = tl.load(offsets + features.to(tl.int64) * bags)
     wrong |= ((feature == features - 1) & (end != lookups)).to(tl.int32)
-    tl.store(safe + features.to(tl.int64) * bags, lookups)
+    tl.store(safe + features.to(tl.int64) * bags, end)
     return tl.max(wrong, 0)
 
 
 @triton.jit
-def _publish(at, offsets, slots, features, bags, lookups, lane, BLOCK: tl.constexpr):
+def _publish(at, offsets, safe, slots, features, bags, lookups, lane, BLOCK: tl.constexpr):
     """What was counted goes to the host and to the kernels that follow, and counting starts anew."""
     counts, published = int32_at(at, AT_COUNTS), int32_at(at, AT_PUBLISHED)
     report = int32_at(at, AT_REPORT)
@@ -77,9 +77,11 @@ def _publish(at, offsets, slots, features, bags, lookups, lane, BLOCK: tl.conste
         end = tl.load(offsets + (item.to(tl.int64) + 1) * bags, mask=inside, other=0).to(tl.int32)
         tl.store(report + 1 + 2 * features + item, end, mask=inside)
     if (tl.load(published) & BAD_OFFSETS) > 0:
-        # Bags may be of other features' lookups, and the lookup may be on its way.
+        # Bags may be of other features' lookups, or end before they begin, and the lookup may be on its way.
         for start in range(0, lookups, BLOCK):
             tl.store(slots + start + lane, 0, mask=start + lane < lookups)
+        for start in range(0, features * bags + 1, BLOCK):
+            tl.store(safe + start + lane, 0, mask=start + lane < features * bags + 1)
 
 
 @triton.jit(
@@ -141,7 +143,7 @@ def remap(
         tl.atomic_or(counts, flags)
     tl.debug_barrier()
     if tl.atomic_add(done, 1) == parts * features - 1:
-        _publish(at, offsets, slots, features, bags, lookups, lane, BLOCK)
+        _publish(at, offsets, safe, slots, features, bags, lookups, lane, BLOCK)
         tl.store(done, 0)
 
 

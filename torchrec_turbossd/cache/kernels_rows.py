@@ -23,6 +23,7 @@ from torchrec_turbossd.cache.kernel_words import (
     AT_SLOT_MAP,
     AT_STATE,
     AT_TABLES,
+    BAD_OFFSETS,
     BASE,
     CELL_MASK,
     CELL_SHIFT,
@@ -39,6 +40,8 @@ from torchrec_turbossd.cache.kernel_words import (
     HEADER,
     IN_DRAM,
     KEEP,
+    KEEP_ALL,
+    KEEP_COPIES,
     MAIN_BASE,
     MODIFIED,
     PART_FIELDS,
@@ -58,7 +61,14 @@ from torchrec_turbossd.cache.kernel_words import (
 )
 
 QUEUE_BLOCK, QUEUE_WARPS = 2048, 8
-EXCHANGE_ROWS, EXCHANGE_WORDS = 16, 32
+EXCHANGE_ROWS, EXCHANGE_WORDS, EXCHANGE_WARPS = 4, 64, 1
+
+
+@triton.jit
+def _listed(published, feature):
+    """Rows of a feature that the DRAM tier has; none where offsets are bad, so that nobody is brought in for them."""
+    bad = (tl.load(published) & BAD_OFFSETS) > 0
+    return tl.where(bad, 0, tl.load(published + 1 + feature))
 
 
 @triton.jit
@@ -227,7 +237,7 @@ def choose(at, given, given_first, offsets, lookups, bags, stamp, oldest, BLOCK:
     for place in range(tl.load(features), tl.load(features + 1)):
         feature = tl.load(int32_at(at, AT_FEATURE_LIST) + place)
         start, _ = extent(offsets, feature, bags, lookups)
-        need = tl.load(published + 1 + feature)
+        need = _listed(published, feature)
         out, wanted = int32_at(at, AT_CHOSEN) + start, int64_at(at, AT_MISSING) + start
         found = tl.minimum(need, last_given - next_given)
         for first in range(0, found, BLOCK):
@@ -271,12 +281,13 @@ def choose(at, given, given_first, offsets, lookups, bags, stamp, oldest, BLOCK:
 
 
 @triton.jit
-def _swap(part, dram, slot, place, stride, mask, out, COLS: tl.constexpr, WORD: tl.constexpr):
-    """One part of some rows: from the tier into slots, and what is there, where `out`, into the places they leave."""
+def _swap(part, dram, slot, place, back, stride, mask, out, COLS: tl.constexpr, WORD: tl.constexpr):
+    """One part of some rows: from their places in the tier into slots, and what is there, where `out`, to `back`."""
     start, row_stride = tl.load(part), tl.load(part + 1)
     words, offset = tl.load(part + 2), tl.load(part + 3)
     here = (start + slot * row_stride)[:, None].to(tl.pointer_type(WORD))
     there = (dram + place * stride)[:, None].to(tl.pointer_type(WORD))
+    back = (dram + back * stride)[:, None].to(tl.pointer_type(WORD))
     for first in range(0, words, COLS):
         col = first + tl.arange(0, COLS)[None, :]
         inside = mask[:, None] & (col < words)
@@ -285,7 +296,7 @@ def _swap(part, dram, slot, place, stride, mask, out, COLS: tl.constexpr, WORD: 
         # Another thread than the one that read a word may write it.
         tl.debug_barrier()
         tl.store(here + col, comes, mask=inside)
-        tl.store(there + offset + col, goes, mask=inside & out[:, None])
+        tl.store(back + offset + col, goes, mask=inside & out[:, None])
 
 
 @triton.jit(do_not_specialize=["lookups", "bags", "stamp"], do_not_specialize_on_alignment=["offsets"])
@@ -303,7 +314,7 @@ def exchange(
 ):
     """Rows of the DRAM tier go into their chosen slots, and what leaves these goes into their places.
 
-    A table whose tier keeps nothing takes only rows that differ from the store's."""
+    Where the tier keeps copies what leaves is in its own place already, or goes there."""
     missing, chosen = int64_at(at, AT_MISSING), int32_at(at, AT_CHOSEN)
     slot_map, state = int32_at(at, AT_SLOT_MAP), int32_at(at, AT_STATE)
     owners, published = int64_at(at, AT_OWNERS), int32_at(at, AT_PUBLISHED)
@@ -314,7 +325,7 @@ def exchange(
     base, slot_base, keep = tl.load(of + BASE), tl.load(of + SLOT_BASE), tl.load(of + KEEP)
     dram, stride, header = tl.load(of + DRAM), tl.load(of + DRAM_STRIDE), tl.load(of + HEADER)
     start, _ = extent(offsets, feature, bags, lookups)
-    count = tl.load(published + 1 + feature)
+    count = _listed(published, feature)
     for first in range(group * ROWS, count, tl.num_programs(0) * ROWS):
         item = first + tl.arange(0, ROWS)
         slot = tl.load(chosen + start + item, mask=item < count, other=0).to(tl.int64)
@@ -328,14 +339,18 @@ def exchange(
         tl.debug_barrier()
         leaves = inside & (owner >= 0)
         dirty = (word & DIRTY) > 0
-        out = leaves & (tl.where(keep > 0, 1, dirty.to(tl.int32)) > 0)
+        out = leaves & (tl.where(keep == KEEP_ALL, 1, dirty.to(tl.int32)) > 0)
+        copied = leaves & (keep == KEEP_COPIES)
+        back = tl.where(copied, owner, place)
+        dirty = dirty & (copied == 0)
         for part in tl.static_range(PARTS):
             which = parts_of + (table * PARTS + part) * PART_FIELDS
-            _swap(which, dram, slot, place, stride, inside, out, COLS, WORD)
+            _swap(which, dram, slot, place, back, stride, inside, out, COLS, WORD)
         said = tl.where(out, owner | FRESH | tl.where(dirty, MODIFIED, 0), FREE)
-        tl.store((dram + place * stride + header).to(tl.pointer_type(tl.int64)), said, mask=inside)
-        now = IN_DRAM | tl.where(dirty, DIRTY_IN_DRAM, 0) | place.to(tl.int32)
-        tl.store(slot_map + base + owner, tl.where(out, now, 0), mask=leaves)
+        told = inside & ((keep != KEEP_COPIES) | out)
+        tl.store((dram + back * stride + header).to(tl.pointer_type(tl.int64)), said, mask=told)
+        now = IN_DRAM | tl.where(dirty, DIRTY_IN_DRAM, 0) | back.to(tl.int32)
+        tl.store(slot_map + base + owner, tl.where(out | copied, now, 0), mask=leaves)
         tl.store(slot_map + base + row, slot.to(tl.int32), mask=inside)
         tl.store(owners + slot_base + slot, row, mask=inside)
         word = (stamp << SHIFT) | tl.where((entry & DIRTY_IN_DRAM) > 0, DIRTY, 0)
@@ -344,4 +359,4 @@ def exchange(
         tl.store(state + slot_base + slot, word, mask=inside)
 
 
-__all__ = ["EXCHANGE_ROWS", "EXCHANGE_WORDS", "QUEUE_BLOCK", "QUEUE_WARPS", "choose", "exchange"]
+__all__ = ["EXCHANGE_ROWS", "EXCHANGE_WARPS", "EXCHANGE_WORDS", "QUEUE_BLOCK", "QUEUE_WARPS", "choose", "exchange"]

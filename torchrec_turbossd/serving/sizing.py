@@ -21,7 +21,13 @@ from torchrec_turbossd.sizing import (
     slot_bytes,
     split_budget,
 )
-from torchrec_turbossd.sizing.memory import dram_row_bytes, least_dram_slots, most_dram_slots, most_slots
+from torchrec_turbossd.sizing.memory import (
+    MOST_DRAM_ROWS,
+    dram_row_bytes,
+    least_dram_slots,
+    most_dram_slots,
+    most_slots,
+)
 from torchrec_turbossd.tables import TableSpec
 
 LEAST_SLOTS = 1024
@@ -102,7 +108,9 @@ def plan_slots(tables: Sequence[TableSpec], config: ServingConfig, device: torch
 def plan_dram_slots(tables: Sequence[TableSpec], slots: Sequence[int], config: ServingConfig) -> list[int] | None:
     """Rows of each table that the DRAM tier of a GPU holds besides `slots`; None for no more than it always does.
 
-    `dram_budget_gb` is split for the most hits that slots and tier have together.
+    `dram_budget_gb` is split for the most hits that slots and tier have together. From what is left tables get room for
+    all of their rows, the smallest first: rows that have a place of their own come into slots without another's going
+    there.
 
     Raises:
         BudgetError: `dram_budget_gb` does not hold the least rows of each table.
@@ -125,6 +133,13 @@ def plan_dram_slots(tables: Sequence[TableSpec], slots: Sequence[int], config: S
             f"{least:,} bytes of pinned memory; raise it to {least / GIB:.4f} or more, or pass 0 for just those"
         )
     split = split_budget(items, budget)
+    left = budget - sum(items[name].bytes_for(count) for name, count in split.items())
+    missing = [table for table, count in zip(tables, slots, strict=True) if count < table.rows <= MOST_DRAM_ROWS]
+    for table in sorted(missing, key=lambda each: each.rows * each.row_bytes):
+        item, count = items[table.name], split[table.name]
+        more = item.bytes_for(table.rows) - item.bytes_for(count)
+        if item.max_slots <= count and more <= left:
+            split[table.name], left = table.rows, left - more
     return [split[t.name] for t in tables]
 
 

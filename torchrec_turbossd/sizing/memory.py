@@ -90,7 +90,7 @@ def least_dram_slots(rows: int) -> int:
 
 
 def most_dram_slots(slots: int, rows: int) -> int:
-    """Rows of the DRAM tier beyond which more would stay empty: those that have no slot, and the least."""
+    """Rows of the DRAM tier beyond which more bring no hits: those that have no slot, and the least."""
     return max(least_dram_slots(rows), min(rows - slots, MOST_DRAM_ROWS))
 
 

@@ -72,6 +72,9 @@ class DeviceRows(TableRows):
         )
         super().__init__(shards, feature_table, memory, store, self.cache, bounds)
 
+        self._missed = False
+        """The last batch found rows missing from slots, and so may the next."""
+
     def place(self, indices: Tensor, offsets: Tensor) -> UnplacedBatch:
         return UnplacedBatch(self.layout, indices, offsets, self.layout.check_form(indices, offsets))
 
@@ -84,10 +87,14 @@ class DeviceRows(TableRows):
             self.order.after_account()
             work = self.cache.remap(batch.indices, batch.offsets, batch.bags, slots, mark=train)
             try:
+                if self._missed:
+                    self.order.after_rows()
+                    self.cache.bring_ahead(work)
                 found = self.cache.found()
+                self._missed = not found.all_here
                 if found.flags:
                     batch.place()
-                wanted = self._bring_from_dram(work, found)
+                wanted = [] if found.all_here else self._bring_from_dram(work, found)
             except BaseException:
                 self.cache.give_up(work)
                 raise
@@ -98,17 +105,9 @@ class DeviceRows(TableRows):
 
     def _bring_from_dram(self, work: Work, found: Found) -> Wanted:
         """Bring in what the DRAM tier has; returns what is in no tier."""
-        if found.all_here:
-            return []
-        self.cache.check_room(work, found)
-        if found.in_dram.any():
-            self.order.after_rows()
-            self.cache.promote(work, found)
-        if found.absent.any():
-            return self.cache.absent(work)
-        if found.in_dram.any():
-            self.cache.refill(work)
-        return []
+        self.order.after_rows()
+        wanted: Wanted = self.cache.bring(work, found)
+        return wanted
 
     def bring(self, arrival: DeviceArrival) -> None:
         wanted, work = list(arrival.chosen), arrival.work

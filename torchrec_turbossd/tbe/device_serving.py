@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchrec_turbossd.cache import entries
+from torchrec_turbossd.cache.current_stream import CurrentStream
 from torchrec_turbossd.cache.device_cache import DeviceCache, Found
 from torchrec_turbossd.cache.device_state import Batch as Work
 from torchrec_turbossd.store.contract import Rows
@@ -43,7 +44,7 @@ class DeviceServingRows(ServedRows):
         bounds: Bounds = Bounds.RAISE,
     ) -> None:
         super().__init__(shards, feature_table, memory, store, cache, bounds)
-        self._index = self.device.index or 0 if self.device.type == "cuda" else None
+        self._current = CurrentStream(self.device.index or 0) if self.device.type == "cuda" else None
         self._last: torch.cuda.Stream | None = None
         self._ordering = threading.Lock()
         self._hits = False
@@ -60,10 +61,10 @@ class DeviceServingRows(ServedRows):
     @contextmanager
     def on_stream(self) -> Iterator[None]:
         """The caller holds the lock."""
-        if self._index is not None:
-            current = torch.cuda.current_stream(self._index)
+        if self._current is not None:
+            current = self._current()
             with self._ordering:
-                if self._last is not None and self._last != current:
+                if self._last is not None and self._last is not current:
                     current.wait_stream(self._last)
                 self._last = current
         yield
@@ -75,8 +76,9 @@ class DeviceServingRows(ServedRows):
     def look_up(self, batch: UnplacedBatch, slot_type: torch.dtype, run: Run) -> Tensor:
         """What `run` makes of the slots of a batch and its offsets, both of `slot_type`, with all of its rows in slots.
 
-        Where the last batch missed nothing, `run` is launched before it is known whether this one does; if it does,
-        what came of that is thrown away. The host waits for what is before the lookup on the device, not for that.
+        `run` is launched before it is known what this batch misses: without anything brought in where the last one
+        missed nothing, else after what brings in rows of the DRAM tier. If that was not enough, what came of it is
+        thrown away. The host waits for what is before both on the device, not for them.
 
         Raises:
             InputError, RowIndexError: as `Layout.place`.
@@ -89,18 +91,17 @@ class DeviceServingRows(ServedRows):
         with self.lock, self.on_stream():
             work = self._remap(batch, slots)
             try:
-                early = run(slots, work.safe) if self._hits else None
+                launched = self._hits or self.cache.bring_ahead(work)
+                early = run(slots, work.safe) if launched else None
                 found = self.cache.found()
                 self._hits = found.all_here
-                if found.all_here:
-                    self._count(batch, found)
-                    return run(slots, work.safe) if early is None else early
-                wanted = self._bring_from_dram(batch, work, found)
+                wanted = [] if found.all_here else self._bring_from_dram(batch, work, found)
             except BaseException:
                 self.cache.give_up(work)
                 raise
             if not wanted:
-                return self._finish(batch, work, found, run)
+                self._count(batch, found)
+                return early if early is not None and (found.all_here or work.ahead) else run(slots, work.safe)
             reader = self._begin_reading()
         try:
             # Threads that hand Python's global lock to and fro get less done than one after the other.
@@ -115,15 +116,8 @@ class DeviceServingRows(ServedRows):
 
     def _remap(self, batch: UnplacedBatch, slots: Tensor) -> Work:
         safe = torch.empty(batch.offsets.numel(), dtype=slots.dtype, device=self.device)
-        work: Work = self.cache.remap(
-            batch.indices, batch.offsets, batch.bags, slots, mark=False, safe=safe, stream=self._last
-        )
+        work: Work = self.cache.remap(batch.indices, batch.offsets, batch.bags, slots, mark=False, safe=safe)
         return work
-
-    def _finish(self, batch: UnplacedBatch, work: Work, found: Found, run: Run) -> Tensor:
-        self.cache.refill(work)
-        self._count(batch, found)
-        return run(work.slots, work.safe)
 
     def _count(self, batch: UnplacedBatch, found: Found) -> None:
         self.counters.add(found.lookups, found.in_dram + found.absent, found.in_dram)
@@ -133,10 +127,7 @@ class DeviceServingRows(ServedRows):
         """Bring in what the DRAM tier has; returns what is in no tier."""
         if found.flags:
             batch.place()
-        self.cache.check_room(work, found)
-        if found.in_dram.any():
-            self.cache.promote(work, found)
-        wanted: Wanted = self.cache.absent(work) if found.absent.any() else []
+        wanted: Wanted = self.cache.bring(work, found)
         return wanted
 
     def _with_reads(
@@ -155,7 +146,8 @@ class DeviceServingRows(ServedRows):
                     self.cache.give_up(work)
                     raise
                 if not wanted:
-                    return self._finish(batch, work, found, run)
+                    self._count(batch, found)
+                    return run(work.slots, work.safe)
                 wanted = [(t, ids) for t, ids in enumerate(reader.read.lacks(self._by_place(wanted))) if ids.numel()]
 
     def _bring_all(self, batch: UnplacedBatch, work: Work, reader: Reader) -> Wanted:
@@ -184,23 +176,31 @@ class DeviceServingRows(ServedRows):
             for table, (ids, rows) in batch.items():
                 entry = self.cache.entries_of(table, ids.to(self.device)).cpu()
                 try:
-                    self._write(table, entry, rows)
+                    self._write(table, ids, entry, rows)
                 except Exception:
                     self._drop(table, ids, entry)
 
-    def _write(self, table: int, entry: Tensor, rows: Tensor) -> None:
-        here, there = entry > 0, entry < 0
+    def _write(self, table: int, ids: Tensor, entry: Tensor, rows: Tensor) -> None:
+        here = entry > 0
         if bool(here.any()):
             self.memory.write(table, entry[here].to(torch.int64), rows[here])
-        if bool(there.any()):
-            # The entries were waited for, and so were all kernels before.
-            self.cache.tier.write(table, (entry[there] & entries.PLACE).to(torch.int64), rows[there])
+        there, places = self._places(table, ids, entry)
+        # The entries were waited for, and so were all kernels before.
+        self.cache.tier.write(table, places, rows[there])
+
+    def _places(self, table: int, ids: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the rows may be in the DRAM tier, and where: [N] bool, [M] int64."""
+        if self.cache.tier.copies(table):
+            # The place of a row that has no copy is its own, whatever is there.
+            return entry != 0, ids[entry != 0]
+        return entry < 0, (entry[entry < 0] & entries.PLACE).to(torch.int64)
 
     def _drop(self, table: int, ids: Tensor, entry: Tensor) -> None:
         """Rows of these ids are in no tier any more."""
+        _, places = self._places(table, ids, entry)
         self.cache.give(table, self.cache.remove(table, ids[entry > 0].to(self.device)))
-        self.cache.map.clear((ids[entry < 0] + self.cache.base_of[table]).to(self.device))
-        self.cache.tier.release(table, (entry[entry < 0] & entries.PLACE).to(torch.int64))
+        self.cache.map.clear((ids + self.cache.base_of[table]).to(self.device))
+        self.cache.tier.release(table, places)
 
     def warm(self, table: int, ids: Tensor) -> None:
         for part in ids.split(_WARM_ROWS):

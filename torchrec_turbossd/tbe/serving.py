@@ -21,6 +21,7 @@ from torchrec_turbossd.tbe.layout import Batch, Bounds, UnplacedBatch
 from torchrec_turbossd.tbe.served import UpdatableStore
 from torchrec_turbossd.tbe.serving_rows import ServingRows
 from torchrec_turbossd.tbe.slot_memory import ServingMemory
+from torchrec_turbossd.tbe.stock_lookup import StockLookup
 
 OUTPUT_TYPES = {SparseType.FP32: torch.float32, SparseType.FP16: torch.float16, SparseType.BF16: torch.bfloat16}
 _WIDTHS = {SparseType.INT4: 4, SparseType.INT2: 8}
@@ -79,6 +80,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         self._specs = [(s.table.name, s.cols, s.table.data_type) for s in shards]
         self._row_bytes = [s.row_bytes for s in shards]
         self.tbe = self._stock(slots)
+        self._lookup = StockLookup(self.tbe)
         self.rows = self._rows(shards, slots, store, dram_slots)
         self._id_type = torch.int32 if self.device.type == "cuda" else torch.int64
         self._warned = False
@@ -103,6 +105,8 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
             dram_slots=dram_slots,
             feature_table=self.feature_table_map,
             policy=policy,
+            # Updates are written to wherever rows are.
+            changes=False,
         )
         return DeviceServingRows(shards, self.feature_table_map, memory, store, on_device, self.options.bounds)
 
@@ -140,14 +144,14 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         offsets = offsets.to(self._id_type).contiguous()
         try:
             with self.rows.slots_of(batch) as slots:
-                return self._call(self.tbe, slots, offsets, weights)
+                return self._call(self._lookup, slots, offsets, weights)
         except CacheFullError as full:
             self._warn_outside(full)
             return self._run_outside(batch, offsets, weights)
 
     def _look_up_on_device(self, rows: DeviceServingRows, batch: UnplacedBatch, weights: Tensor | None) -> Tensor:
         def run(slots: Tensor, offsets: Tensor) -> Tensor:
-            return self._call(self.tbe, slots, offsets, weights)
+            return self._call(self._lookup, slots, offsets, weights)
 
         try:
             return rows.look_up(batch, self._id_type, run)
@@ -155,16 +159,8 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
             self._warn_outside(full)
             return self._run_outside(batch, batch.offsets.to(self._id_type), weights)
 
-    def _call(
-        self,
-        tbe: IntNBitTableBatchedEmbeddingBagsCodegen,
-        slots: Tensor,
-        offsets: Tensor,
-        weights: Tensor | None,
-    ) -> Tensor:
-        # Not through the hooks of a module that nobody sees.
-        out: Tensor = tbe.forward(slots.to(self._id_type), offsets, weights)
-        return out
+    def _call(self, lookup: StockLookup, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        return lookup(slots.to(self._id_type), offsets, weights)
 
     def _run_outside(self, batch: Batch, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Run a batch on a stock TBE of just its distinct rows."""
@@ -173,7 +169,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         memory = ServingMemory(tbe, self._row_bytes)
         for table, rows in enumerate(distinct.rows):
             memory.write(table, torch.arange(1, rows.shape[0] + 1, device=self.device), rows)
-        return self._call(tbe, distinct.slots, offsets, weights)
+        return self._call(StockLookup(tbe), distinct.slots, offsets, weights)
 
     def _warn_outside(self, full: CacheFullError) -> None:
         if self._warned or self.rows.squeezed:

@@ -6,6 +6,8 @@ import threading
 
 import torch
 
+from torchrec_turbossd.cache.current_stream import CurrentStream
+
 
 class StreamOrder:
     """Two chains of work on the device: on the account of slots, and on the rows in them. On a CPU it does nothing.
@@ -16,7 +18,7 @@ class StreamOrder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._index = device.index or 0 if device.type == "cuda" else None
+        self._current = CurrentStream(device.index or 0) if device.type == "cuda" else None
         self._lock = threading.Lock()
         self._last: dict[str, torch.cuda.Stream] = {}
 
@@ -37,12 +39,12 @@ class StreamOrder:
         self._follow("rows", now_last=True)
 
     def _follow(self, chain: str, *, now_last: bool = False) -> None:
-        if self._index is None:
+        if self._current is None:
             return
-        current = torch.cuda.current_stream(self._index)
+        current = self._current()
         with self._lock:
             last = self._last.get(chain)
-            if last is not None and last != current:
+            if last is not None and last is not current and last != current:
                 # One stream stands for all that came before.
                 current.wait_stream(last)
             if now_last:
