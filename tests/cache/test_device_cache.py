@@ -28,6 +28,13 @@ BOTH = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs are slow."""
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        monkeypatch.setattr("torchrec_turbossd.cache.kernels_rows.EXCHANGE_ROWS", 32)
+
+
 class Tables:
     """Two kinds of parts a row, several features a table, and a store that is a dict."""
 
@@ -312,3 +319,38 @@ def test_the_callers_offsets_stay_as_they_are(device: str, kind: str) -> None:
         assert offsets.tolist() == given
         tables.cache.give_up(batch)
         tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_held_rows_stay(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two batches that share rows, each until it is let go; slots that they leave are used by all others."""
+    monkeypatch.setattr("torchrec_turbossd.cache.entries.LAST_STAMP", 7)
+    tables = Tables((device, kind), [16], [100], [0], [100], changes=False)
+    generator = torch.Generator().manual_seed(3)
+    held = []
+    for ids in (torch.arange(4), torch.arange(2, 6)):
+        held.append(tables.bring(ids, torch.arange(5), 4, mark=False)[0])
+        tables.cache.hold(held[-1])
+
+    def slots(ids: Tensor) -> Tensor:
+        return tables.cache.slots_of(0, ids.to(device)).cpu()
+
+    def bring_others(count: int) -> None:
+        for _ in range(12):
+            ids = 6 + torch.randperm(94, generator=generator)[:count]
+            batch, _ = tables.bring(ids, torch.arange(count + 1), count, mark=False)
+            assert torch.equal(tables.row(0, batch.slots.cpu()), tables.live[0][ids])
+
+    places = slots(torch.arange(6))
+    bring_others(8)
+    assert torch.equal(slots(torch.arange(6)), places)
+    tables.cache.let_go(held[0])
+    bring_others(12)
+    assert torch.equal(slots(torch.arange(2, 6)), places[2:])
+    assert not bool(slots(torch.arange(2)).any())
+    with pytest.raises(CacheFullError):
+        tables.bring(torch.arange(10, 23), torch.arange(14), 13, mark=False)
+    tables.cache.let_go(held[1])
+    bring_others(16)
+    assert not bool(slots(torch.arange(6)).any())
+    tables.cache.check()

@@ -27,9 +27,10 @@ target = GPUTarget(*json.loads(sys.argv[1]))
 batch = {"lookups": "i32", "bags": "i32"}
 
 
-def compiled(kernel, signature, constants):
+def compiled(kernel, signature, constants, warps=4):
     every = {"at": "*i64", **signature, **dict.fromkeys(constants, "constexpr")}
-    triton.compile(ASTSource(fn=kernel, signature=every, constexprs=constants), target=target)
+    source = ASTSource(fn=kernel, signature=every, constexprs=constants)
+    triton.compile(source, target=target, options={"num_warps": warps})
 
 
 for ids in ("*i32", "*i64"):
@@ -37,13 +38,15 @@ for ids in ("*i32", "*i64"):
     for touch, mark in ((False, False), (True, False), (True, True)):
         compiled(kernels.remap, given, {"TOUCH": touch, "MARK": mark, "BLOCK": kernels.BLOCK})
     compiled(kernels.refill, {"ids": ids, "offsets": ids, "slots": ids, **batch}, {"BLOCK": kernels.BLOCK})
+    compiled(kernels.restamp, {"offsets": ids, "slots": ids, **batch, "stamp": "i32"}, {"BLOCK": kernels.BLOCK})
     compiled(kernels.unclaim, {"offsets": ids, **batch}, {"BLOCK": kernels.BLOCK})
-    chosen = {"given": "*i64", "given_first": "*i32", "offsets": ids, **batch, "stamp": "i32", "oldest": "i32"}
-    compiled(kernels_rows.choose, chosen, {"BLOCK": kernels_rows.QUEUE_BLOCK})
+    chosen = {"given": "*i64", "given_first": "*i32", "offsets": ids, **batch, "oldest": "i32"}
+    compiled(kernels_rows.choose, chosen, {"BLOCK": kernels_rows.QUEUE_BLOCK}, kernels_rows.QUEUE_WARPS)
     shape = {"ROWS": kernels_rows.EXCHANGE_ROWS, "COLS": kernels_rows.EXCHANGE_WORDS}
     for word in (tl.int8, tl.int16, tl.int32, tl.int64):
         moved = {"offsets": ids, **batch, "stamp": "i32"}
-        compiled(kernels_rows.exchange, moved, {"MARK": True, "PARTS": 2, "WORD": word, **shape})
+        constants = {"MARK": True, "PARTS": 2, "WORD": word, **shape}
+        compiled(kernels_rows.exchange, moved, constants, kernels_rows.EXCHANGE_WARPS)
 """
 
 

@@ -98,6 +98,8 @@ class DeviceCache(TieredSlots):
         self._current = CurrentStream(device.index or 0) if device.type == "cuda" else None
         self._recent: list[tuple[int, Ints]] = []
         """Lookups by table of the batches since the oldest in flight."""
+        self._held: list[tuple[Batch, Ints]] = []
+        self._lookups = self._none
 
     def remap(
         self,
@@ -139,7 +141,8 @@ class DeviceCache(TieredSlots):
         """Let batches in flight, and slots, have small numbers again."""
         shift = min((pin.stamp for pin in self._active), default=self._now) - 1
         words = self.state.state
-        stamps = (self._stamps(words) - shift).clamp(min=0)
+        stamps = self._stamps(words)
+        stamps = torch.where(stamps == entries.HELD, stamps, (stamps - shift).clamp(min=0))
         words.copy_((stamps << entries.STAMP_SHIFT) | (words & (entries.READS | entries.DIRTY)))
         for pin in self._active:
             pin.stamp -= shift
@@ -153,7 +156,7 @@ class DeviceCache(TieredSlots):
         features, report = self._feature_table.size, self.ops.report
         per_feature = report[1 + 2 * features :].copy()
         per_feature[1:] -= report[1 + 2 * features : -1]
-        lookups = self._by_table(per_feature)
+        self._lookups = lookups = self._by_table(per_feature)
         flags = int(report[0])
         if not flags & entries.BAD_OFFSETS:
             self._note(lookups)
@@ -186,6 +189,7 @@ class DeviceCache(TieredSlots):
         oldest = min(self.oldest, batch.stamp)
         need = found.in_dram + found.absent
         used = sum((lookups for stamp, lookups in self._recent if stamp >= oldest), need)
+        used = sum((lookups for _, lookups in self._held), used)
         return bool((used <= np.asarray(self.own)).all())
 
     def _check_room(self, batch: Batch, found: Found) -> None:
@@ -197,7 +201,9 @@ class DeviceCache(TieredSlots):
             return
         # Batches that came after one in flight are held with it; now they are not.
         for pin in self._active:
-            self._stamp(pin, batch.stamp)
+            pin.stamp = batch.stamp
+            self.ops.restamp(pin.batch, batch.stamp)
+        self._hold_all()
         used = self._used_since(batch.stamp)
         self._recent = [(batch.stamp, used)]
         left = slots - used
@@ -213,17 +219,6 @@ class DeviceCache(TieredSlots):
         bases = self.slot_base_of
         counts = [used[first + 1 : last].sum() for first, last in itertools.pairwise(bases)]
         return torch.stack(counts).cpu().numpy()
-
-    def _stamp(self, pin: Pin, stamp: int) -> None:
-        """Let the rows of a batch in flight count as used by batch `stamp`."""
-        batch, pin.stamp = pin.batch, stamp
-        ends = batch.offsets[:: batch.bags].tolist()
-        for feature, table in enumerate(self._feature_table.tolist()):
-            slots = batch.slots[ends[feature] : ends[feature + 1]].to(torch.int64)
-            # 0 for a row that is still on its way.
-            at = self._at(table, slots[slots > 0])
-            words = self.state.state[at] & (entries.READS | entries.DIRTY)
-            self.state.state[at] = words | (stamp << entries.STAMP_SHIFT)
 
     def bring_ahead(self, batch: Batch) -> bool:
         """Launch what brings in the rows that the DRAM tier has before `found` tells of them; False where it must.
@@ -304,10 +299,29 @@ class DeviceCache(TieredSlots):
         """The batch has ended."""
         self._active.remove(pin)
 
+    def hold(self, batch: Batch) -> None:
+        """Keep the rows of a batch that `found` has just told of, or that `bring` has, in their slots until `let_go`.
+
+        Unlike `pin` it keeps no others there.
+        """
+        self._held.append((batch, self._lookups))
+        self.ops.restamp(batch, entries.HELD)
+
+    def let_go(self, batch: Batch) -> None:
+        """The rows of a batch that is held may leave."""
+        self._held = [(each, lookups) for each, lookups in self._held if each is not batch]
+        self.ops.restamp(batch, self._now)
+        self._hold_all()
+
+    def _hold_all(self) -> None:
+        """Rows of batches that are held may be others' too, which were given other numbers."""
+        for batch, _ in self._held:
+            self.ops.restamp(batch, entries.HELD)
+
     def beside(self) -> DeviceCache:
         """As `TieredSlots.beside`."""
         other = super().beside()
-        other._recent = []
+        other._recent, other._held = [], []
         return other
 
 

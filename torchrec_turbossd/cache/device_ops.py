@@ -56,6 +56,10 @@ class DeviceOps(ABC):
         """Set those of `batch.slots` that are 0."""
 
     @abstractmethod
+    def restamp(self, batch: Batch, stamp: int) -> None:
+        """Let the slots of a batch count as used by batch `stamp`, or as `entries.HELD`."""
+
+    @abstractmethod
     def unclaim(self, batch: Batch) -> None:
         """Give up the claims on listed rows that are in no slot."""
 

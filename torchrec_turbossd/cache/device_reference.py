@@ -58,7 +58,7 @@ class TorchOps(DeviceOps):
         old = state.state[at]
         reads = ((old & entries.READS) + 1).clamp(max=entries.READS)
         new = (batch.stamp << entries.STAMP_SHIFT) | (old & entries.DIRTY) | reads
-        new = torch.where((old >> entries.STAMP_SHIFT) == batch.stamp, old, new)
+        new = torch.where((old >> entries.STAMP_SHIFT) >= batch.stamp, old, new)
         state.state[at] = new | entries.DIRTY if batch.mark else new
 
     def _claim(self, table: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +134,14 @@ class TorchOps(DeviceOps):
             entry = state.slot_map[rows + state.base_of[table]]
             found = torch.where(entry < entries.CLAIMED, entry.clamp(min=0), 0).to(batch.slots.dtype)
             batch.slots[part] = torch.where(batch.slots[part] == 0, found, batch.slots[part])
+
+    def restamp(self, batch: Batch, stamp: int) -> None:
+        state, ends = self.state, batch.safe[:: batch.bags].tolist()
+        for feature, table in enumerate(state.feature_table):
+            slots = batch.slots[ends[feature] : ends[feature + 1]].to(torch.int64)
+            at = slots[slots > 0] + state.slot_base_of[table]
+            words = state.state[at] & (entries.READS | entries.DIRTY)
+            state.state[at] = words | (stamp << entries.STAMP_SHIFT)
 
     def unclaim(self, batch: Batch) -> None:
         for table, listed in zip(self.state.feature_table, self._listed, strict=True):

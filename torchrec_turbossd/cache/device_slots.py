@@ -123,14 +123,18 @@ class DeviceSlots:
         return slots
 
     def release_all(self, table: int) -> Tensor:
-        """Every slot that is this cache's own, taken out; rows in them are absent, whatever the slot map says."""
+        """Every slot that is this cache's own, taken out; rows in them are absent, whatever the slot map says.
+
+        Those that batches in flight hold stay.
+        """
         held = queued(self.state, table)
+        held = held[self._stamps(self.state.state[self._at(table, held)]) < self.oldest]
         slots = torch.cat([held, self._free[table].all()])
         at = self._at(table, held)
         self.state.owners[at], self.state.state[at] = entries.FREE, 0
-        self.state.queues[table] = 0
+        drop_slots(self.state, table, held)
         self._free[table] = FreeSlots(1, 0, self.device)
-        self.own[table] = 0
+        self.own[table] -= slots.numel()
         return slots
 
     def hottest(self, table: int) -> tuple[Tensor, Tensor]:

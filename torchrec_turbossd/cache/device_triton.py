@@ -14,7 +14,6 @@ from torchrec_turbossd.cache.device_ops import DeviceOps, Given
 from torchrec_turbossd.cache.device_state import Batch, DeviceState
 
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-_LEAST_EXCHANGE = 256
 _PROGRAMS = 2048
 """Programs of one kernel, roughly: enough to fill a GPU, few enough to start quickly."""
 
@@ -33,6 +32,7 @@ class TritonOps(DeviceOps):
         self._compiled: dict[Any, Any] = {}
         self._index = device.index or 0 if device.type == "cuda" else None
         self._parts = max(len(each) for each in state.parts)
+        self._most = 0
         self._reserve(1)
 
     def _reserve(self, lookups: int) -> None:
@@ -111,6 +111,7 @@ class TritonOps(DeviceOps):
             TOUCH=batch.touch,
             MARK=batch.mark,
             BLOCK=kernels.BLOCK,
+            num_warps=kernels.WARPS,
         )
 
     def absent(self, batch: Batch) -> list[Tensor]:
@@ -127,16 +128,16 @@ class TritonOps(DeviceOps):
         self._launch(
             kernels_rows.choose,
             (len(state.rows), 1),
-            (slots, first, batch.offsets, batch.ids.numel(), batch.bags, batch.stamp, oldest),
+            (slots, first, batch.offsets, batch.ids.numel(), batch.bags, oldest),
             BLOCK=kernels_rows.QUEUE_BLOCK,
             num_warps=kernels_rows.QUEUE_WARPS,
         )
 
     def exchange(self, batch: Batch) -> None:
         state, features = self.state, len(self.state.feature_table)
-        # It may be the last batch's count as yet; whoever there is does it all.
-        most = max(_LEAST_EXCHANGE, int(self.report[1 : 1 + features].max()))
-        groups = max(1, min(-(-most // kernels_rows.EXCHANGE_ROWS), 16 * _PROGRAMS // features))
+        # The report may be another batch's as yet, and not a like one's; whoever there is does it all.
+        self._most = max(int(self.report[1 : 1 + features].max()), self._most - self._most // 16)
+        groups = max(1, min(-(-self._most // kernels_rows.EXCHANGE_ROWS), 16 * _PROGRAMS // features))
         self._launch(
             kernels_rows.exchange,
             (groups, features),
@@ -153,6 +154,12 @@ class TritonOps(DeviceOps):
         lookups = batch.ids.numel()
         args = batch.ids, batch.offsets, batch.slots, lookups, batch.bags
         self._launch(kernels.refill, self._grid(lookups, kernels.BLOCK), args, BLOCK=kernels.BLOCK)
+
+    def restamp(self, batch: Batch, stamp: int) -> None:
+        lookups = batch.ids.numel()
+        # Not the caller's offsets, which may be another batch's by now.
+        args = batch.safe, batch.slots, lookups, batch.bags, stamp
+        self._launch(kernels.restamp, self._grid(lookups, kernels.BLOCK), args, BLOCK=kernels.BLOCK)
 
     def unclaim(self, batch: Batch) -> None:
         lookups = batch.ids.numel()

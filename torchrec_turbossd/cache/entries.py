@@ -19,7 +19,10 @@ READS, DIRTY, STAMP_SHIFT = 3, 4, 3
 
 Dirty is a row that the row store does not have; where the tier keeps copies, one that has none there."""
 
-LAST_STAMP = 1 << 28
+HELD = (1 << 28) - 1
+"""The number of no batch: what has it is held until it gets another."""
+
+LAST_STAMP = HELD
 """Batch numbers must stay below."""
 
 # What the DRAM tier keeps of rows that leave slots: those that the row store does not have, all, or of every row that
@@ -113,6 +116,7 @@ __all__ = [
     "HEADER_DIRTY",
     "HEADER_FRESH",
     "HEADER_ID",
+    "HELD",
     "IN_DRAM",
     "KEEP",
     "KEEP_ALL",

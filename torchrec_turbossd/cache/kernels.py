@@ -35,7 +35,7 @@ from torchrec_turbossd.cache.kernel_words import (
     int64_at,
 )
 
-BLOCK = 1024
+BLOCK, WARPS = 1024, 4
 
 
 @triton.jit
@@ -120,7 +120,8 @@ def remap(
         if TOUCH:
             old = tl.load(state + slot_base + entry, mask=here, other=0)
             reads = tl.minimum((old & READS) + 1, READS)
-            new = tl.where((old >> SHIFT) == stamp, old, (stamp << SHIFT) | (old & DIRTY) | reads)
+            # Held slots stay so.
+            new = tl.where((old >> SHIFT) >= stamp, old, (stamp << SHIFT) | (old & DIRTY) | reads)
             if MARK:
                 new |= DIRTY
             tl.store(state + slot_base + entry, new, mask=here & (new != old))
@@ -189,4 +190,19 @@ def unclaim(at, offsets, lookups, bags, BLOCK: tl.constexpr):
         tl.store(slot_map + base + row, entry & ~CLAIMED, mask=claimed)
 
 
-__all__ = ["BLOCK", "refill", "remap", "unclaim"]
+@triton.jit(do_not_specialize=["lookups", "bags", "stamp"], do_not_specialize_on_alignment=["offsets", "slots"])
+def restamp(at, offsets, slots, lookups, bags, stamp, BLOCK: tl.constexpr):
+    """Slots of a batch get another batch's number."""
+    part, feature = tl.program_id(0), tl.program_id(1)
+    table = tl.load(int32_at(at, AT_FEATURES) + feature)
+    state = int32_at(at, AT_STATE) + tl.load(int64_at(at, AT_TABLES) + table * FIELDS + SLOT_BASE)
+    start, stop = extent(offsets, feature, bags, lookups)
+    for first in range(start + part * BLOCK, stop, tl.num_programs(0) * BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        slot = tl.load(slots + item, mask=item < stop, other=0)
+        # 0 for a row that is still on its way.
+        word = tl.load(state + slot, mask=slot > 0, other=0)
+        tl.store(state + slot, (stamp << SHIFT) | (word & (READS | DIRTY)), mask=slot > 0)
+
+
+__all__ = ["BLOCK", "WARPS", "refill", "remap", "restamp", "unclaim"]

@@ -61,7 +61,7 @@ from torchrec_turbossd.cache.kernel_words import (
 )
 
 QUEUE_BLOCK, QUEUE_WARPS = 2048, 8
-EXCHANGE_ROWS, EXCHANGE_WORDS, EXCHANGE_WARPS = 4, 64, 1
+EXCHANGE_ROWS, EXCHANGE_WORDS, EXCHANGE_WARPS = 8, 64, 2
 
 
 @triton.jit
@@ -69,6 +69,16 @@ def _listed(published, feature):
     """Rows of a feature that the DRAM tier has; none where offsets are bad, so that nobody is brought in for them."""
     bad = (tl.load(published) & BAD_OFFSETS) > 0
     return tl.where(bad, 0, tl.load(published + 1 + feature))
+
+
+@triton.jit
+def _queues(at, table):
+    """The ghosts of a table and their cells, its two rings with their places, and their heads and lengths."""
+    of = int64_at(at, AT_TABLES) + table * FIELDS
+    ghosts, cells = int16_at(at, AT_GHOSTS) + tl.load(of + SLOT_BASE), tl.load(of + SLOTS) + 1
+    small, small_size = int32_at(at, AT_RINGS) + tl.load(of + SMALL_BASE), tl.load(of + SMALL).to(tl.int32)
+    main, main_size = int32_at(at, AT_RINGS) + tl.load(of + MAIN_BASE), tl.load(of + SLOTS).to(tl.int32)
+    return ghosts, cells, small, small_size, main, main_size, int32_at(at, AT_QUEUES) + table * QUEUES
 
 
 @triton.jit
@@ -177,60 +187,43 @@ def _make_room(
 
 
 @triton.jit
-def _enter_all(
-    state,
-    ghosts,
-    cells,
-    small,
-    small_size,
-    main,
-    main_size,
-    queue,
-    out,
-    wanted,
-    found,
-    need,
-    stamp,
-    BLOCK: tl.constexpr,
-):
-    """New rows go into the small queue while it has room, those that left it lately into the main one."""
-    small_head, small_count, main_head, main_count = _counts(queue)
-    for first in range(0, need, BLOCK):
-        item = first + tl.arange(0, BLOCK)
-        inside = item < found
-        slot = tl.load(out + item, mask=inside, other=0)
-        tl.store(out + item, slot, mask=item < need)
-        cell, mark = _ghost(tl.load(wanted + item, mask=inside, other=0), cells)
-        known = inside & (tl.load(ghosts + cell, mask=inside, other=0) == mark)
-        tl.store(ghosts + cell, 0, mask=known)
-        fresh = inside & (known == 0)
-        low = fresh & (small_count + tl.cumsum(fresh.to(tl.int32), 0) <= small_size)
-        high = inside & (low == 0)
-        small_count = _push(small, small_head, small_count, small_size, slot, low)
-        main_count = _push(main, main_head, main_count, main_size, slot, high)
-        # Another feature of the table must not empty it again.
-        word = tl.load(state + slot, mask=inside, other=0)
-        tl.store(state + slot, (stamp << SHIFT) | (word & DIRTY), mask=inside)
-        tl.debug_barrier()
-    _keep(queue, small_head, small_count, main_head, main_count)
+def _enter(ghosts, cells, small, small_size, main, main_size, queue, row, slot, mask):
+    """Slots of new rows go into the small queue while it has room, those of rows that left it lately into the main one.
+
+    Any number of programs may do so at once.
+    """
+    cell, mark = _ghost(row, cells)
+    known = mask & (tl.load(ghosts + cell, mask=mask, other=0) == mark)
+    # Every warp has read a cell before one of them clears it.
+    tl.debug_barrier()
+    tl.store(ghosts + cell, 0, mask=known)
+    fresh = (mask & (known == 0)).to(tl.int32)
+    count = tl.sum(fresh, 0)
+    place = tl.atomic_add(queue + 1, count) + tl.cumsum(fresh, 0) - 1
+    low = (fresh > 0) & (place < small_size)
+    # What was counted and has no place is taken back; nobody finds a place that is taken in the meantime.
+    tl.atomic_add(queue + 1, tl.sum(low.to(tl.int32), 0) - count)
+    tl.store(small + (tl.load(queue) + place) % small_size, slot, mask=low)
+    high = (mask & (low == 0)).to(tl.int32)
+    place = tl.atomic_add(queue + 3, tl.sum(high, 0)) + tl.cumsum(high, 0) - 1
+    tl.store(main + (tl.load(queue + 2) + place) % main_size, slot, mask=high > 0)
 
 
 @triton.jit(
-    do_not_specialize=["lookups", "bags", "stamp", "oldest"],
+    do_not_specialize=["lookups", "bags", "oldest"],
     do_not_specialize_on_alignment=["given", "given_first", "offsets"],
 )
-def choose(at, given, given_first, offsets, lookups, bags, stamp, oldest, BLOCK: tl.constexpr):
+def choose(at, given, given_first, offsets, lookups, bags, oldest, BLOCK: tl.constexpr):
     """A slot for each row that the DRAM tier has: free ones that were given first, then those that S3-FIFO empties.
 
-    Slots that batch `oldest` or a later one used stay. Where there are too few, the rest gets 0.
+    Slots that batch `oldest` or a later one used stay. Where there are too few, the rest gets 0. A chosen slot is in no
+    queue until `exchange` puts it there.
     """
     table = tl.program_id(0)
-    of, queue = int64_at(at, AT_TABLES) + table * FIELDS, int32_at(at, AT_QUEUES) + table * QUEUES
-    slot_base, cells = tl.load(of + SLOT_BASE), tl.load(of + SLOTS) + 1
+    slot_base = tl.load(int64_at(at, AT_TABLES) + table * FIELDS + SLOT_BASE)
     owners, state = int64_at(at, AT_OWNERS) + slot_base, int32_at(at, AT_STATE) + slot_base
-    ghosts, published = int16_at(at, AT_GHOSTS) + slot_base, int32_at(at, AT_PUBLISHED)
-    small, small_size = int32_at(at, AT_RINGS) + tl.load(of + SMALL_BASE), tl.load(of + SMALL).to(tl.int32)
-    main, main_size = int32_at(at, AT_RINGS) + tl.load(of + MAIN_BASE), tl.load(of + SLOTS).to(tl.int32)
+    ghosts, cells, small, small_size, main, main_size, queue = _queues(at, table)
+    published = int32_at(at, AT_PUBLISHED)
     lane = tl.arange(0, BLOCK)
     next_given, last_given = tl.load(given_first + table), tl.load(given_first + table + 1)
     features = int32_at(at, AT_FEATURE_FIRST) + table
@@ -238,7 +231,7 @@ def choose(at, given, given_first, offsets, lookups, bags, stamp, oldest, BLOCK:
         feature = tl.load(int32_at(at, AT_FEATURE_LIST) + place)
         start, _ = extent(offsets, feature, bags, lookups)
         need = _listed(published, feature)
-        out, wanted = int32_at(at, AT_CHOSEN) + start, int64_at(at, AT_MISSING) + start
+        out = int32_at(at, AT_CHOSEN) + start
         found = tl.minimum(need, last_given - next_given)
         for first in range(0, found, BLOCK):
             inside = first + lane < found
@@ -261,23 +254,8 @@ def choose(at, given, given_first, offsets, lookups, bags, stamp, oldest, BLOCK:
             oldest,
             BLOCK,
         )
-        tl.debug_barrier()
-        _enter_all(
-            state,
-            ghosts,
-            cells,
-            small,
-            small_size,
-            main,
-            main_size,
-            queue,
-            out,
-            wanted,
-            found,
-            need,
-            stamp,
-            BLOCK,
-        )
+        for first in range(found, need, BLOCK):
+            tl.store(out + first + lane, 0, mask=first + lane < need)
 
 
 @triton.jit
@@ -323,6 +301,7 @@ def exchange(
     table = tl.load(int32_at(at, AT_FEATURES) + feature)
     of = int64_at(at, AT_TABLES) + table * FIELDS
     base, slot_base, keep = tl.load(of + BASE), tl.load(of + SLOT_BASE), tl.load(of + KEEP)
+    ghosts, cells, small, small_size, main, main_size, queue = _queues(at, table)
     dram, stride, header = tl.load(of + DRAM), tl.load(of + DRAM_STRIDE), tl.load(of + HEADER)
     start, _ = extent(offsets, feature, bags, lookups)
     count = _listed(published, feature)
@@ -357,6 +336,7 @@ def exchange(
         if MARK:
             word |= DIRTY
         tl.store(state + slot_base + slot, word, mask=inside)
+        _enter(ghosts, cells, small, small_size, main, main_size, queue, row, slot.to(tl.int32), inside)
 
 
 __all__ = ["EXCHANGE_ROWS", "EXCHANGE_WARPS", "EXCHANGE_WORDS", "QUEUE_BLOCK", "QUEUE_WARPS", "choose", "exchange"]

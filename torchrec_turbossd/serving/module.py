@@ -30,6 +30,7 @@ from torchrec_turbossd.sizing.memory import has_dram_tier
 from torchrec_turbossd.sizing.shortage import named_budgets
 from torchrec_turbossd.snapshot import Manifest
 from torchrec_turbossd.tables import TableShard, TableSpec, specs_from
+from torchrec_turbossd.tbe.held import HeldBatch
 from torchrec_turbossd.tbe.recording import of_whole_tables
 from torchrec_turbossd.tbe.serving import ServingOptions, TurboSSDIntNBitTableBatchedEmbeddingBags
 
@@ -127,6 +128,22 @@ class TurboSSDInferenceModule(nn.Module):
         self._live.check_open()
         out: Tensor = self.tbe(indices, offsets, per_sample_weights)
         return out
+
+    def prefetch(self, indices: Tensor, offsets: Tensor) -> None:
+        """Bring the rows of a batch that comes soon into slots.
+
+        As `TurboSSDIntNBitTableBatchedEmbeddingBags.prefetch`.
+        """
+        self._live.check_open()
+        self.tbe.prefetch(indices, offsets)
+
+    def hold(self, indices: Tensor, offsets: Tensor) -> HeldBatch:
+        """On a GPU hold the rows of a batch in slots, to capture its lookup in a CUDA graph.
+
+        As `TurboSSDIntNBitTableBatchedEmbeddingBags.hold`.
+        """
+        self._live.check_open()
+        return self.tbe.hold(indices, offsets)
 
     def streaming_update(
         self,

@@ -1,170 +1,24 @@
-"""Rows of a serving TBE on a GPU, which keeps account of its slots itself.
-
-The lock is held while a batch is launched, from its remap to its lookup, so that on the device batches, updates and
-exchanges of versions come one after the other. It is not held while the store is read.
-"""
+"""Rows of a serving TBE on a GPU, changed while they are looked up."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from torchrec_turbossd.cache import entries
-from torchrec_turbossd.cache.current_stream import CurrentStream
-from torchrec_turbossd.cache.device_cache import DeviceCache, Found
-from torchrec_turbossd.cache.device_state import Batch as Work
 from torchrec_turbossd.store.contract import Rows
-from torchrec_turbossd.tables import TableShard
+from torchrec_turbossd.tbe.device_lookups import DeviceLookupRows
 from torchrec_turbossd.tbe.in_flight import in_small_steps
-from torchrec_turbossd.tbe.layout import Bounds, UnplacedBatch
-from torchrec_turbossd.tbe.served import UpdatableStore
-from torchrec_turbossd.tbe.served_rows import Reader, ServedRows
-from torchrec_turbossd.tbe.slot_memory import SlotMemory
+from torchrec_turbossd.tbe.served_rows import Reader
 from torchrec_turbossd.tbe.stored import stored_rows
 
-_WARM_ROWS, _TURN_S = 4096, 0.02
-Run = Callable[[Tensor, Tensor], Tensor]
-Wanted = list[tuple[int, Tensor]]
+_WARM_ROWS = 4096
 
 
-class DeviceServingRows(ServedRows):
-    """Slots and DRAM tier in front of a store, looked up and updated. Args: as `ServedRows`."""
-
-    def __init__(
-        self,
-        shards: Sequence[TableShard],
-        feature_table: Sequence[int],
-        memory: SlotMemory,
-        store: UpdatableStore,
-        cache: DeviceCache,
-        bounds: Bounds = Bounds.RAISE,
-    ) -> None:
-        super().__init__(shards, feature_table, memory, store, cache, bounds)
-        self._current = CurrentStream(self.device.index or 0) if self.device.type == "cuda" else None
-        self._last: torch.cuda.Stream | None = None
-        self._ordering = threading.Lock()
-        self._hits = False
-        """The last batch found all of its rows in slots, and so may the next."""
-        # Slots were just made, on the stream of whoever made them.
-        with self.lock, self.on_stream():
-            pass
-
-    @contextmanager
-    def alone_on_stream(self) -> Iterator[None]:
-        with self.lock, self.on_stream():
-            yield
-
-    @contextmanager
-    def on_stream(self) -> Iterator[None]:
-        """The caller holds the lock."""
-        if self._current is not None:
-            current = self._current()
-            with self._ordering:
-                if self._last is not None and self._last is not current:
-                    current.wait_stream(self._last)
-                self._last = current
-        yield
-
-    def place(self, indices: Tensor, offsets: Tensor) -> UnplacedBatch:
-        """Check a batch as far as that needs no look at what it holds; raises as `Layout.place`."""
-        return UnplacedBatch(self.layout, indices, offsets, self.layout.check_form(indices, offsets))
-
-    def look_up(self, batch: UnplacedBatch, slot_type: torch.dtype, run: Run) -> Tensor:
-        """What `run` makes of the slots of a batch and its offsets, both of `slot_type`, with all of its rows in slots.
-
-        `run` is launched before it is known what this batch misses: without anything brought in where the last one
-        missed nothing, else after what brings in rows of the DRAM tier. If that was not enough, what came of it is
-        thrown away. The host waits for what is before both on the device, not for them.
-
-        Raises:
-            InputError, RowIndexError: as `Layout.place`.
-            CacheFullError: there are too few slots; the batch can then run on `take_out`.
-        """
-        slots = torch.empty(batch.indices.numel(), dtype=slot_type, device=self.device)
-        if not (slots.numel() and batch.bags):
-            batch.place()
-            return run(slots, batch.offsets.to(slot_type))
-        with self.lock, self.on_stream():
-            work = self._remap(batch, slots)
-            try:
-                launched = self._hits or self.cache.bring_ahead(work)
-                early = run(slots, work.safe) if launched else None
-                found = self.cache.found()
-                self._hits = found.all_here
-                wanted = [] if found.all_here else self._bring_from_dram(batch, work, found)
-            except BaseException:
-                self.cache.give_up(work)
-                raise
-            if not wanted:
-                self._count(batch, found)
-                return early if early is not None and (found.all_here or work.ahead) else run(slots, work.safe)
-            reader = self._begin_reading()
-        try:
-            # Threads that hand Python's global lock to and fro get less done than one after the other.
-            my_turn = self._turn.acquire(timeout=_TURN_S)
-            try:
-                return self._with_reads(batch, slots, (reader, wanted), found, run)
-            finally:
-                if my_turn:
-                    self._turn.release()
-        finally:
-            self._end_reading(reader)
-
-    def _remap(self, batch: UnplacedBatch, slots: Tensor) -> Work:
-        safe = torch.empty(batch.offsets.numel(), dtype=slots.dtype, device=self.device)
-        work: Work = self.cache.remap(batch.indices, batch.offsets, batch.bags, slots, mark=False, safe=safe)
-        return work
-
-    def _count(self, batch: UnplacedBatch, found: Found) -> None:
-        self.counters.add(found.lookups, found.in_dram + found.absent, found.in_dram)
-        self.recorder.add(batch)
-
-    def _bring_from_dram(self, batch: UnplacedBatch, work: Work, found: Found) -> Wanted:
-        """Bring in what the DRAM tier has; returns what is in no tier."""
-        if found.flags:
-            batch.place()
-        wanted: Wanted = self.cache.bring(work, found)
-        return wanted
-
-    def _with_reads(
-        self, batch: UnplacedBatch, slots: Tensor, begun: tuple[Reader, Wanted], found: Found, run: Run
-    ) -> Tensor:
-        """Read what is wanted from the store, without the lock, until a moment comes at which nothing is."""
-        reader, wanted = begun
-        while True:
-            self._read(reader, self._by_place(wanted))
-            with self.lock, self.on_stream():
-                self._catch_up(reader)
-                work = self._remap(batch, slots)
-                try:
-                    wanted = self._bring_all(batch, work, reader)
-                except BaseException:
-                    self.cache.give_up(work)
-                    raise
-                if not wanted:
-                    self._count(batch, found)
-                    return run(work.slots, work.safe)
-                wanted = [(t, ids) for t, ids in enumerate(reader.read.lacks(self._by_place(wanted))) if ids.numel()]
-
-    def _bring_all(self, batch: UnplacedBatch, work: Work, reader: Reader) -> Wanted:
-        """Bring in what the DRAM tier has and what was read; returns what is wanted still, if something is unread."""
-        wanted = self._bring_from_dram(batch, work, self.cache.found())
-        while wanted and not any(ids.numel() for ids in reader.read.lacks(self._by_place(wanted))):
-            for table, ids in wanted:
-                # Not more at once than pass through the tier.
-                part = ids[: self.cache.tier.places[table]]
-                self.cache.put(table, part, reader.read.rows(table, part), _nothing_to_write)
-            self.cache.again(work)
-            wanted = self._bring_from_dram(batch, work, self.cache.found())
-        return wanted
-
-    def _by_place(self, wanted: Wanted) -> list[Tensor]:
-        by_table = dict(wanted)
-        return [by_table.get(t, torch.empty(0, dtype=torch.int64)) for t in range(len(self.shards))]
+class DeviceServingRows(DeviceLookupRows):
+    """Slots and DRAM tier in front of a store, looked up and updated. Args: as `DeviceLookupRows`."""
 
     def update(self, batch: Mapping[int, Rows]) -> None:
         keyed = {self.shards[t].key: (ids + self.shards[t].row_offset, rows) for t, (ids, rows) in batch.items()}
@@ -265,10 +119,6 @@ class DeviceServingRows(ServedRows):
     def host_nbytes(self) -> int:
         """Bytes of pinned host memory."""
         return int(self.cache.tier.nbytes)
-
-
-def _nothing_to_write(table: int, ids: Tensor, rows: Tensor) -> None:
-    """Rows that are served are never newer than the store's."""
 
 
 __all__ = ["DeviceServingRows"]

@@ -75,6 +75,17 @@ class UnplacedBatch(Batch):
         self._layout, self.indices, self.offsets, self.bags = layout, ids.contiguous(), offsets.contiguous(), bags
         self._placed: Batch | None = None
 
+    @property
+    def lookups_and_bags(self) -> bool:
+        """There is something to find and to answer."""
+        return self.indices.numel() > 0 and self.bags > 0
+
+    def keep_for_current_stream(self) -> None:
+        """Its memory may come from another stream, and is not used again before this one has come past here."""
+        if self.indices.device.type == "cuda":
+            for tensor in (self.indices, self.offsets):
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
     def place(self) -> Batch:
         """The batch with its ids judged; raises and warns as `Layout.place`."""
         if self._placed is None:

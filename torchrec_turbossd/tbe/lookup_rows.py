@@ -35,6 +35,15 @@ class LookupRows(ServedRows):
         finally:
             self.in_flight.end_lookup(epoch)
 
+    def prefetch(self, batch: Batch) -> None:
+        """Bring the rows of a batch into slots, where they stay until others need these more; none if they do not fit.
+
+        Raises `RowIndexError` as `Layout.place`.
+        """
+        with contextlib.suppress(CacheFullError):
+            _, epoch = self._bring_in(batch, counted=False)
+            self.in_flight.end_lookup(epoch)
+
     def warm(self, table: int, ids: Tensor) -> None:
         for part in ids.to(self.device).split(_WARM_ROWS):
             with in_small_steps(), contextlib.suppress(CacheFullError):

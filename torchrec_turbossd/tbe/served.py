@@ -97,6 +97,14 @@ class Served:
         self.capacity[table] += slots.numel()
         self.cache.give(table, slots)
 
+    def pass_on(self) -> None:
+        """Slots that batches held when this version was left go to the heir, as far as none holds them now."""
+        if self.heir is not None:
+            for table in range(len(self.shards)):
+                slots = self.cache.release_all(table)
+                self.capacity[table] -= slots.numel()
+                self.heir.adopt(table, slots)
+
     def give_later(self, table: int, slots: Tensor) -> None:
         """Make slots that were taken out free once no lookup in flight uses them."""
         if self.in_flight.no_lookup:

@@ -17,6 +17,7 @@ from torchrec_turbossd.cache.device_cache import DeviceCache
 from torchrec_turbossd.errors import CacheFullError, ConfigError, InputError, UnsupportedError
 from torchrec_turbossd.tables import FP8_EXPONENT_BIAS, FP8_EXPONENT_BITS, MAX_SLOTS, TableShard
 from torchrec_turbossd.tbe.device_serving import DeviceServingRows
+from torchrec_turbossd.tbe.held import HeldBatch
 from torchrec_turbossd.tbe.layout import Batch, Bounds, UnplacedBatch
 from torchrec_turbossd.tbe.served import UpdatableStore
 from torchrec_turbossd.tbe.serving_rows import ServingRows
@@ -148,6 +149,33 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         except CacheFullError as full:
             self._warn_outside(full)
             return self._run_outside(batch, offsets, weights)
+
+    def prefetch(self, indices: Tensor, offsets: Tensor) -> None:
+        """Bring the rows of a batch into slots ahead of its lookup; returns when they are there or on their way.
+
+        They are not counted as read, and stay until others need the slots more. On a GPU call it on a CUDA stream of
+        its own, and it runs beside the last lookup. What the store is read for is waited for: another thread can do
+        that while this one looks up. A batch that does not fit in the slots is left to its lookup.
+
+        Raises:
+            InputError, RowIndexError: as a lookup.
+        """
+        if isinstance(self.rows, DeviceServingRows):
+            self.rows.prefetch(self.rows.place(indices, offsets))
+        else:
+            self.rows.prefetch(self.rows.layout.place(indices, offsets))
+
+    def hold(self, indices: Tensor, offsets: Tensor) -> HeldBatch:
+        """Bring the rows of a batch into slots and hold them there, for a lookup that a CUDA graph captures.
+
+        Raises:
+            InputError, RowIndexError: as a lookup.
+            CacheFullError: the rows do not fit in the slots.
+            UnsupportedError: the slots are not on a GPU.
+        """
+        if not isinstance(self.rows, DeviceServingRows):
+            raise UnsupportedError(f"only batches on a GPU can be held, and slots are on {self.device}; look them up")
+        return HeldBatch(self.rows, self._lookup, indices, offsets)
 
     def _look_up_on_device(self, rows: DeviceServingRows, batch: UnplacedBatch, weights: Tensor | None) -> Tensor:
         def run(slots: Tensor, offsets: Tensor) -> Tensor:

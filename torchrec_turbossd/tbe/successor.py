@@ -159,7 +159,7 @@ class Successor:
         for table in range(len(source.shards)):
             with self._rows.alone_on_stream():
                 slots = source.cache.release_all(table)
-                source.capacity[table] = 0
+                source.capacity[table] -= slots.numel()
             with self._rows.lock, self._rows.on_stream():
                 target.adopt(table, slots)
 

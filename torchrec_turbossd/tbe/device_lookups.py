@@ -1,0 +1,251 @@
+"""Rows of a serving TBE brought into slots of a GPU, which keeps account of them itself, for lookups.
+
+The lock is held while a batch is launched, from its remap to its lookup, so that on the device batches, updates and
+exchanges of versions come one after the other. It is not held while the store is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from torchrec_turbossd.cache.device_cache import DeviceCache, Found
+from torchrec_turbossd.cache.device_state import Batch as Work
+from torchrec_turbossd.errors import CacheFullError
+from torchrec_turbossd.tables import TableShard
+from torchrec_turbossd.tbe.layout import Bounds, UnplacedBatch
+from torchrec_turbossd.tbe.served import UpdatableStore
+from torchrec_turbossd.tbe.served_rows import Reader, ServedRows
+from torchrec_turbossd.tbe.serving_order import ServingOrder
+from torchrec_turbossd.tbe.slot_memory import SlotMemory
+
+_TURN_S = 0.02
+Made = TypeVar("Made")
+Run = Callable[[Tensor, Tensor], Tensor]
+Wanted = list[tuple[int, Tensor]]
+
+
+class Use(enum.Enum):
+    """What a batch is brought into slots for."""
+
+    LOOKUP, AHEAD, HOLD = range(3)
+
+
+class DeviceLookupRows(ServedRows):
+    """As `ServedRows`, as far as lookups need it, with slots and DRAM tier on a GPU."""
+
+    def __init__(
+        self,
+        shards: Sequence[TableShard],
+        feature_table: Sequence[int],
+        memory: SlotMemory,
+        store: UpdatableStore,
+        cache: DeviceCache,
+        bounds: Bounds = Bounds.RAISE,
+    ) -> None:
+        super().__init__(shards, feature_table, memory, store, cache, bounds)
+        self.order = ServingOrder(self.device)
+        self._hits = dict.fromkeys(Use, False)
+        """The last batch of its kind found all of its rows in slots, and so may the next."""
+        self._looked_up: Work | None = None
+        # Slots were just made, on the stream of whoever made them.
+        self.order.follow()
+
+    @contextmanager
+    def alone_on_stream(self) -> Iterator[None]:
+        with self.lock, self.on_stream():
+            yield
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """The caller holds the lock."""
+        self.order.follow()
+        yield
+
+    def place(self, indices: Tensor, offsets: Tensor) -> UnplacedBatch:
+        """Check a batch as far as that needs no look at what it holds; raises as `Layout.place`."""
+        return UnplacedBatch(self.layout, indices, offsets, self.layout.check_form(indices, offsets))
+
+    def look_up(self, batch: UnplacedBatch, slot_type: torch.dtype, run: Run) -> Tensor:
+        """What `run` makes of the slots of a batch and its offsets, both of `slot_type`, with all of its rows in slots.
+
+        `run` is launched before it is known what this batch misses: without anything brought in where the last one
+        missed nothing, else after what brings in rows of the DRAM tier. If that was not enough, what came of it is
+        thrown away. The host waits for what is before both on the device, not for them.
+
+        Raises:
+            InputError, RowIndexError: as `Layout.place`.
+            CacheFullError: there are too few slots; the batch can then run on `take_out`.
+        """
+        slots, safe = self._buffers(batch, slot_type)
+        if not batch.lookups_and_bags:
+            batch.place()
+            return run(slots, batch.offsets.to(slot_type))
+        return self._serve(batch, (slots, safe), Use.LOOKUP, lambda work: self._launch(work, run))
+
+    def prefetch(self, batch: UnplacedBatch) -> None:
+        """Bring the rows of a batch into slots, where they stay until others need these more.
+
+        On a CUDA stream of its own it runs beside the last lookup. A batch that does not fit is left alone.
+
+        Raises:
+            InputError, RowIndexError: as `Layout.place`.
+        """
+        if not batch.lookups_and_bags:
+            batch.place()
+            return
+        batch.keep_for_current_stream()
+        with contextlib.suppress(CacheFullError):
+            self._serve(batch, self._buffers(batch, torch.int32), Use.AHEAD, lambda work: None)
+
+    def hold(self, batch: UnplacedBatch, into: tuple[Tensor, Tensor]) -> Callable[[], None]:
+        """Bring the rows of a batch into slots, where they stay until what this returns is called, once.
+
+        Args:
+            into: slots [N] and offsets, both int32 or both int64, which are written.
+
+        Raises:
+            InputError, RowIndexError: as `Layout.place`.
+            CacheFullError: there are too few slots.
+        """
+
+        def held(work: Work) -> Callable[[], None]:
+            served, cache = self.served, self.cache
+            cache.hold(work)
+
+            def release() -> None:
+                with self.alone_on_stream():
+                    cache.let_go(work)
+                    served.pass_on()
+
+            return release
+
+        return self._serve(batch, into, Use.HOLD, held)
+
+    def _buffers(self, batch: UnplacedBatch, slot_type: torch.dtype) -> tuple[Tensor, Tensor]:
+        slots = torch.empty(batch.indices.numel(), dtype=slot_type, device=self.device)
+        return slots, torch.empty(batch.offsets.numel(), dtype=slot_type, device=self.device)
+
+    def _launch(self, work: Work, run: Run) -> Tensor:
+        self.order.accounted()
+        out = run(work.slots, work.safe)
+        self._looked_up = work if self.order.looked_up() else None
+        return out
+
+    @contextmanager
+    def _moment(self, use: Use) -> Iterator[None]:
+        """Where a batch may be launched."""
+        if use is not Use.AHEAD:
+            with self.lock, self.on_stream():
+                yield
+            return
+        with self.lock:
+            beside = self.order.beside()
+            pin = self.cache.pin(self._looked_up) if beside and self._looked_up is not None else None
+            try:
+                yield
+            finally:
+                if pin is not None:
+                    self.cache.unpin(pin)
+                if beside:
+                    self.order.prefetched()
+
+    def _serve(self, batch: UnplacedBatch, into: tuple[Tensor, Tensor], use: Use, then: Callable[[Work], Made]) -> Made:
+        """What `then` makes of a batch once all of its rows are in slots; for a lookup it may be asked before."""
+        with self._moment(use):
+            work = self._remap(batch, into)
+            try:
+                launched = self._hits[use] or self.cache.bring_ahead(work)
+                early = then(work) if launched and use is Use.LOOKUP else None
+                found = self.cache.found()
+                self._hits[use] = found.all_here
+                wanted = [] if found.all_here else self._bring_from_dram(batch, work, found)
+            except BaseException:
+                self.cache.give_up(work)
+                raise
+            if not wanted:
+                self._count(batch, found, use)
+                return early if early is not None and (found.all_here or work.ahead) else then(work)
+            reader = self._begin_reading()
+        try:
+            # Threads that hand Python's global lock to and fro get less done than one after the other.
+            my_turn = self._turn.acquire(timeout=_TURN_S)
+            try:
+                return self._with_reads(batch, into, (reader, wanted), found, use, then)
+            finally:
+                if my_turn:
+                    self._turn.release()
+        finally:
+            self._end_reading(reader)
+
+    def _remap(self, batch: UnplacedBatch, into: tuple[Tensor, Tensor]) -> Work:
+        slots, safe = into
+        work: Work = self.cache.remap(batch.indices, batch.offsets, batch.bags, slots, mark=False, safe=safe)
+        return work
+
+    def _count(self, batch: UnplacedBatch, found: Found, use: Use) -> None:
+        if use is not Use.AHEAD:
+            self.counters.add(found.lookups, found.in_dram + found.absent, found.in_dram)
+            self.recorder.add(batch)
+
+    def _bring_from_dram(self, batch: UnplacedBatch, work: Work, found: Found) -> Wanted:
+        """Bring in what the DRAM tier has; returns what is in no tier."""
+        if found.flags:
+            batch.place()
+        wanted: Wanted = self.cache.bring(work, found)
+        return wanted
+
+    def _with_reads(
+        self,
+        batch: UnplacedBatch,
+        into: tuple[Tensor, Tensor],
+        begun: tuple[Reader, Wanted],
+        found: Found,
+        use: Use,
+        then: Callable[[Work], Made],
+    ) -> Made:
+        """Read what is wanted from the store, without the lock, until a moment comes at which nothing is."""
+        reader, wanted = begun
+        while True:
+            self._read(reader, self._by_place(wanted))
+            with self._moment(use):
+                self._catch_up(reader)
+                work = self._remap(batch, into)
+                try:
+                    wanted = self._bring_all(batch, work, reader)
+                except BaseException:
+                    self.cache.give_up(work)
+                    raise
+                if not wanted:
+                    self._count(batch, found, use)
+                    return then(work)
+                wanted = [(t, ids) for t, ids in enumerate(reader.read.lacks(self._by_place(wanted))) if ids.numel()]
+
+    def _bring_all(self, batch: UnplacedBatch, work: Work, reader: Reader) -> Wanted:
+        """Bring in what the DRAM tier has and what was read; returns what is wanted still, if something is unread."""
+        wanted = self._bring_from_dram(batch, work, self.cache.found())
+        while wanted and not any(ids.numel() for ids in reader.read.lacks(self._by_place(wanted))):
+            for table, ids in wanted:
+                # Not more at once than pass through the tier.
+                part = ids[: self.cache.tier.places[table]]
+                self.cache.put(table, part, reader.read.rows(table, part), _nothing_to_write)
+            self.cache.again(work)
+            wanted = self._bring_from_dram(batch, work, self.cache.found())
+        return wanted
+
+    def _by_place(self, wanted: Wanted) -> list[Tensor]:
+        by_table = dict(wanted)
+        return [by_table.get(t, torch.empty(0, dtype=torch.int64)) for t in range(len(self.shards))]
+
+
+def _nothing_to_write(table: int, ids: Tensor, rows: Tensor) -> None:
+    """Rows that are served are never newer than the store's."""
+
+
+__all__ = ["DeviceLookupRows"]
