@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, CacheAlgorithm
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 
 from benchmarks.figures import Figure, Goal
-from benchmarks.gpu_context import GpuContext, Narrow, caller
+from benchmarks.gpu_context import GpuContext, Narrow, caller, caller_ahead
 from benchmarks.gpu_store import Pattern
 from benchmarks.gpu_streams import Shape, Stream, distinct_ids
 from benchmarks.gpu_tables import (
@@ -88,6 +89,38 @@ def run_all_hit(gpu: GpuContext) -> Iterator[Figure]:
         yield _time(f"{stream.shape}, INT8, {case}", turns, "stock", "stock, whole tables in HBM", note)
         informs = f"{case}, stock that checks bounds as well"
         yield _time(informs, turns, "checked", "stock with BoundsCheckMode.WARNING", "", goal=False)
+    if gpu.cuda:
+        yield _captured(gpu, made)
+
+
+def _captured(gpu: GpuContext, made: AllHit) -> Figure:
+    """A lookup of one batch that a CUDA graph has captured, replayed."""
+    batch, offsets, stock = made.batches[0], made.stream.offsets, made.stock
+    with made.served.module.hold(batch, offsets) as held:
+        narrow, ends = batch.int(), offsets.int()
+        looks = {"ours": held.lookup, "stock": lambda: stock(narrow, ends)}
+        graphs, outs = {}, {}
+        for name, look in looks.items():
+            look()
+            graphs[name] = torch.cuda.CUDAGraph()
+            wait(gpu.device)
+            with torch.cuda.graph(graphs[name]):
+                outs[name] = look()
+            graphs[name].replay()
+        if not torch.equal(outs["ours"], outs["stock"]):
+            raise RuntimeError("a captured lookup differs from stock's")
+        sides: dict[str, Work] = {name: _replayed(graph) for name, graph in graphs.items()}
+        turns = back_to_back(sides, [made.batches] * 9, gpu.device)
+    case, note = "one batch held, its lookup captured in a CUDA graph, replayed", "without finding its slots"
+    return _time(case, turns, "stock", "stock's lookup, captured", note, goal=False)
+
+
+def _replayed(graph: torch.cuda.CUDAGraph) -> Work:
+    def work(batches: Sequence[Tensor]) -> None:
+        for _ in batches:
+            graph.replay()
+
+    return work
 
 
 def _time(case: str, turns: Turns, theirs: str, peer: str, note: str, *, goal: bool = True) -> Figure:
@@ -139,20 +172,18 @@ class Zipf:
     def ours(self, gpu: GpuContext, share: float) -> Served:
         """`share` of the rows in slots, room for all in DRAM; warm with all rows that the stream asks for."""
         if share not in self.tiered:
-            shape = self.stream.shape
-            slots = max(1, int(shape.rows * share))
-            made = ours_serving(
-                self.kind,
-                shape.tables,
-                shape.rows,
-                slots=slots,
-                dram=shape.rows if gpu.cuda else None,
-                device=gpu.device,
-            )
-            warm(made.module, self.distinct, slots)
-            caller(made.module, self.stream.offsets)(self.batches.warming)
-            self.tiered[share] = made
+            self.tiered[share] = self.warm(gpu, share)
         return self.tiered[share]
+
+    def warm(self, gpu: GpuContext, share: float) -> Served:
+        """The same, made anew."""
+        shape = self.stream.shape
+        slots = max(1, int(shape.rows * share))
+        dram = shape.rows if gpu.cuda else None
+        made = ours_serving(self.kind, shape.tables, shape.rows, slots=slots, dram=dram, device=gpu.device)
+        warm(made.module, self.distinct, slots)
+        caller(made.module, self.stream.offsets)(self.batches.warming)
+        return made
 
 
 def zipf_over(gpu: GpuContext, shape: Shape, counts: tuple[int, int, int], kind: Kind = INT8) -> Zipf:
@@ -195,13 +226,20 @@ class Compared:
     failed: dict[str, str]
 
 
-def compare(gpu: GpuContext, made: Zipf, share: float, algorithms: Sequence[CacheAlgorithm]) -> Compared:
-    """Ours with `share` of the rows in slots beside stock, and UVM caching in the same device memory."""
+def compare(
+    gpu: GpuContext, made: Zipf, share: float, algorithms: Sequence[CacheAlgorithm], *, ahead: bool = False
+) -> Compared:
+    """Ours with `share` of the rows in slots beside stock, and UVM caching in the same device memory.
+
+    ahead: beside ours as well, with each next batch prefetched.
+    """
     offsets = made.stream.offsets
     served = made.ours(gpu, share)
     served.check(made.batches.warming[-1], offsets, made.stock)
     sides: dict[str, Work] = {"ours": caller(served.module, offsets), "stock": made.narrow.caller(made.stock)}
     sides["stock"](made.batches.warming)
+    if ahead:
+        sides["ahead"] = caller_ahead(made.warm(gpu, share).module, offsets)
     caches: dict[str, UvmServing] = {}
     failed: dict[str, str] = {}
     for algorithm in algorithms if gpu.cuda else ():
@@ -241,12 +279,22 @@ def _hit_rate(made: Zipf, cache: UvmServing) -> float:
     return 1 - missed / (len(made.batches.counted) * made.stream.shape.lookups)
 
 
-def faster(row: str, case: str, made: Zipf, found: Compared, side: str, goal: Goal | None, said: str = "") -> Figure:
-    """Lookups a second of ours beside those of a peer."""
+def faster(
+    row: str,
+    case: str,
+    made: Zipf,
+    found: Compared,
+    side: str,
+    goal: Goal | None,
+    said: str = "",
+    *,
+    mine: str = "ours",
+) -> Figure:
+    """Lookups a second of ours (side `mine`) beside those of a peer."""
     lookups = made.stream.shape.lookups
-    pair: Pair = found.turns.pair("ours", side, lambda ms: lookups / ms / 1e3)
+    pair: Pair = found.turns.pair(mine, side, lambda ms: lookups / ms / 1e3)
     peer = {"stock": "stock, whole tables in HBM"}.get(side, f"UVM caching, {side}")
-    note = f"{found.turns.median('ours'):.3g} against {found.turns.median(side):.3g} ms a batch"
+    note = f"{found.turns.median(mine):.3g} against {found.turns.median(side):.3g} ms a batch"
     for what, of in (("hit rate", {k: f"{v:.2%}" for k, v in found.hit_rates.items()}), ("HBM", _mib(found.nbytes))):
         note += f"; {what} {of['ours']}" + (f" against {of[side]}" if side in of else "")
     return Figure(
@@ -276,14 +324,17 @@ def run_zipf(gpu: GpuContext) -> Iterator[Figure]:
     made = zipf(gpu)
     for share in gpu.pick(SHARES, SHARES[:1]):
         gpu.check_time()
-        found = compare(gpu, made, share, (CacheAlgorithm.LRU, CacheAlgorithm.LFU))
-        goal = Goal(at_most=False, reach=1.5, aim=3) if share == SHARES[0] else None
+        first = share == SHARES[0]
+        found = compare(gpu, made, share, (CacheAlgorithm.LRU, CacheAlgorithm.LFU), ahead=first)
+        goal = Goal(at_most=False, reach=1.5, aim=3) if first else None
         case = f"{made.stream.shape}, INT8, {100 * share:g} % of rows in slots"
         for side in found.turns.rounds:
-            if side != "ours":
+            if side not in ("ours", "ahead"):
                 yield faster("zipf", case, made, found, side, None if side == "stock" else goal)
+        for side in [name for name in ("LRU", "LFU") if first and name in found.turns.rounds]:
+            yield faster("zipf", f"{case}, next batch prefetched", made, found, side, None, mine="ahead")
         yield from unmeasured("zipf", case, found)
-        if share != SHARES[0]:
+        if not first:
             del made.tiered[share]
         clean_up(gpu.device)
 

@@ -14,7 +14,7 @@ from torchrec_turbossd.cache.device_ops import DeviceOps, Given
 from torchrec_turbossd.cache.device_state import Batch, DeviceState
 
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-_PROGRAMS = 2048
+_PROGRAMS = 4096
 """Programs of one kernel, roughly: enough to fill a GPU, few enough to start quickly."""
 
 
@@ -104,15 +104,12 @@ class TritonOps(DeviceOps):
         lookups = batch.ids.numel()
         if lookups > self._missing.numel():
             self._reserve(lookups)
-        self._launch(
-            kernels.remap,
-            self._grid(lookups, kernels.BLOCK),
-            (batch.ids, batch.offsets, batch.safe, batch.slots, lookups, batch.bags, batch.stamp),
-            TOUCH=batch.touch,
-            MARK=batch.mark,
-            BLOCK=kernels.BLOCK,
-            num_warps=kernels.WARPS,
-        )
+        args = batch.ids, batch.offsets, batch.safe, batch.slots, lookups, batch.bags, batch.stamp
+        self._over_lookups(kernels.remap, lookups, args, TOUCH=batch.touch, MARK=batch.mark)
+
+    def _over_lookups(self, kernel: Any, lookups: int, args: tuple[Any, ...], **constants: Any) -> None:
+        block, warps = kernels.BLOCK, kernels.WARPS
+        self._launch(kernel, self._grid(lookups, block), args, **constants, BLOCK=block, num_warps=warps)
 
     def absent(self, batch: Batch) -> list[Tensor]:
         features = len(self.state.feature_table)
@@ -137,7 +134,7 @@ class TritonOps(DeviceOps):
         state, features = self.state, len(self.state.feature_table)
         # The report may be another batch's as yet, and not a like one's; whoever there is does it all.
         self._most = max(int(self.report[1 : 1 + features].max()), self._most - self._most // 16)
-        groups = max(1, min(-(-self._most // kernels_rows.EXCHANGE_ROWS), 16 * _PROGRAMS // features))
+        groups = max(1, min(-(-self._most // kernels_rows.EXCHANGE_ROWS), 8 * _PROGRAMS // features))
         self._launch(
             kernels_rows.exchange,
             (groups, features),
@@ -153,18 +150,18 @@ class TritonOps(DeviceOps):
     def refill(self, batch: Batch) -> None:
         lookups = batch.ids.numel()
         args = batch.ids, batch.offsets, batch.slots, lookups, batch.bags
-        self._launch(kernels.refill, self._grid(lookups, kernels.BLOCK), args, BLOCK=kernels.BLOCK)
+        self._over_lookups(kernels.refill, lookups, args)
 
     def restamp(self, batch: Batch, stamp: int) -> None:
         lookups = batch.ids.numel()
         # Not the caller's offsets, which may be another batch's by now.
         args = batch.safe, batch.slots, lookups, batch.bags, stamp
-        self._launch(kernels.restamp, self._grid(lookups, kernels.BLOCK), args, BLOCK=kernels.BLOCK)
+        self._over_lookups(kernels.restamp, lookups, args)
 
     def unclaim(self, batch: Batch) -> None:
         lookups = batch.ids.numel()
         args = batch.offsets, lookups, batch.bags
-        self._launch(kernels.unclaim, self._grid(lookups, kernels.BLOCK), args, BLOCK=kernels.BLOCK)
+        self._over_lookups(kernels.unclaim, lookups, args)
 
 
 def _starts(given: Sequence[Tensor], device: torch.device) -> Tensor:

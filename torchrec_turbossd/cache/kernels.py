@@ -35,7 +35,7 @@ from torchrec_turbossd.cache.kernel_words import (
     int64_at,
 )
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 256, 2
 
 
 @triton.jit

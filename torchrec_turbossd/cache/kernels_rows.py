@@ -60,7 +60,7 @@ from torchrec_turbossd.cache.kernel_words import (
     int64_at,
 )
 
-QUEUE_BLOCK, QUEUE_WARPS = 2048, 8
+QUEUE_BLOCK, QUEUE_WARPS = 2048, 16
 EXCHANGE_ROWS, EXCHANGE_WORDS, EXCHANGE_WARPS = 8, 64, 2
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchrec_turbossd.cache.current_stream import CurrentStream
 from torchrec_turbossd.errors import CacheFullError
 from torchrec_turbossd.tbe.layout import Batch
 from torchrec_turbossd.tbe.slot_memory import TrainingMemory
@@ -58,11 +59,12 @@ class Prefetcher:
     """
 
     def __init__(self, rows: TableRows, device: torch.device, end: Callable[[TrainingRun], None]) -> None:
-        self._rows, self._device, self._end = rows, device, end
+        self._rows, self._end = rows, end
         self._ready: deque[_Waiting] = deque()
         self._arriving: tuple[Future[None], _Waiting] | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._current = CurrentStream(device.index or 0)
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -90,7 +92,7 @@ class Prefetcher:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="turbossd-prefetch")
         if self._stream is not None:
             # Slots that leave were last written by what is in this stream, or before it.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._stream.wait_stream(self._current())
         return self._threads.submit(_bring, self._rows, arrival, self._stream)
 
     def settle(self) -> None:
@@ -131,7 +133,7 @@ class Prefetcher:
     def _record(self, *tensors: Tensor | None) -> None:
         """Keep the memory of tensors from being used again before this stream has come past here."""
         if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
+            current = self._current()
             for tensor in tensors:
                 if tensor is not None:
                     tensor.record_stream(current)
