@@ -78,18 +78,4 @@ def caller(module: Callable[[Tensor, Tensor], object], offsets: Tensor) -> Calla
     return work
 
 
-def caller_ahead(module: Any, offsets: Tensor) -> Callable[[Sequence[Tensor]], None]:
-    """Looks batches up in a module of ours, the next one prefetched on a stream of its own after each."""
-    side = torch.cuda.Stream(offsets.device) if offsets.device.type == "cuda" else None
-
-    def work(batches: Sequence[Tensor]) -> None:
-        for number, batch in enumerate(batches):
-            module(batch, offsets)
-            if number + 1 < len(batches):
-                with torch.cuda.stream(side):
-                    module.prefetch(batches[number + 1], offsets)
-
-    return work
-
-
-__all__ = ["GpuContext", "Narrow", "caller", "caller_ahead"]
+__all__ = ["GpuContext", "Narrow", "caller"]

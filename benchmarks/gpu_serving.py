@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTable
 from torch import Tensor
 
 from benchmarks.figures import Figure, Goal
-from benchmarks.gpu_context import GpuContext, Narrow, caller, caller_ahead
+from benchmarks.gpu_context import GpuContext, Narrow, caller
 from benchmarks.gpu_store import Pattern
 from benchmarks.gpu_streams import Shape, Stream, distinct_ids
 from benchmarks.gpu_tables import (
@@ -26,7 +27,7 @@ from benchmarks.gpu_tables import (
     stock_serving,
     warm,
 )
-from benchmarks.gpu_timing import Turns, Work, back_to_back, each_alone, split_rounds, wait
+from benchmarks.gpu_timing import Turns, Work, back_to_back, each_alone, milliseconds, split_rounds, wait
 from benchmarks.timing import Pair
 
 ALL_HIT = Shape(tables=8, rows=1_000_000, bags=4096, length=20)
@@ -226,20 +227,13 @@ class Compared:
     failed: dict[str, str]
 
 
-def compare(
-    gpu: GpuContext, made: Zipf, share: float, algorithms: Sequence[CacheAlgorithm], *, ahead: bool = False
-) -> Compared:
-    """Ours with `share` of the rows in slots beside stock, and UVM caching in the same device memory.
-
-    ahead: beside ours as well, with each next batch prefetched.
-    """
+def compare(gpu: GpuContext, made: Zipf, share: float, algorithms: Sequence[CacheAlgorithm]) -> Compared:
+    """Ours with `share` of the rows in slots beside stock, and UVM caching in the same device memory."""
     offsets = made.stream.offsets
     served = made.ours(gpu, share)
     served.check(made.batches.warming[-1], offsets, made.stock)
     sides: dict[str, Work] = {"ours": caller(served.module, offsets), "stock": made.narrow.caller(made.stock)}
     sides["stock"](made.batches.warming)
-    if ahead:
-        sides["ahead"] = caller_ahead(made.warm(gpu, share).module, offsets)
     caches: dict[str, UvmServing] = {}
     failed: dict[str, str] = {}
     for algorithm in algorithms if gpu.cuda else ():
@@ -279,22 +273,12 @@ def _hit_rate(made: Zipf, cache: UvmServing) -> float:
     return 1 - missed / (len(made.batches.counted) * made.stream.shape.lookups)
 
 
-def faster(
-    row: str,
-    case: str,
-    made: Zipf,
-    found: Compared,
-    side: str,
-    goal: Goal | None,
-    said: str = "",
-    *,
-    mine: str = "ours",
-) -> Figure:
-    """Lookups a second of ours (side `mine`) beside those of a peer."""
+def faster(row: str, case: str, made: Zipf, found: Compared, side: str, goal: Goal | None, said: str = "") -> Figure:
+    """Lookups a second of ours beside those of a peer."""
     lookups = made.stream.shape.lookups
-    pair: Pair = found.turns.pair(mine, side, lambda ms: lookups / ms / 1e3)
+    pair: Pair = found.turns.pair("ours", side, lambda ms: lookups / ms / 1e3)
     peer = {"stock": "stock, whole tables in HBM"}.get(side, f"UVM caching, {side}")
-    note = f"{found.turns.median(mine):.3g} against {found.turns.median(side):.3g} ms a batch"
+    note = f"{found.turns.median('ours'):.3g} against {found.turns.median(side):.3g} ms a batch"
     for what, of in (("hit rate", {k: f"{v:.2%}" for k, v in found.hit_rates.items()}), ("HBM", _mib(found.nbytes))):
         note += f"; {what} {of['ours']}" + (f" against {of[side]}" if side in of else "")
     return Figure(
@@ -307,6 +291,28 @@ def faster(
         goal=goal,
         note="; ".join(filter(None, (note, said))),
         details=pair.details() | {"hit rates": found.hit_rates, "HBM bytes": found.nbytes, "slots": found.slots},
+    )
+
+
+def _prefetched(gpu: GpuContext, made: Zipf, share: float, case: str) -> Figure:
+    """One call after its batch was prefetched, and one without; every batch is new to the module."""
+    module, offsets = made.warm(gpu, share).module, made.stream.offsets
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for number, batch in enumerate([*made.batches.timed, *made.batches.counted]):
+        ahead = number % 2 == 0
+        if ahead:
+            module.prefetch(batch, offsets)
+        found[ahead].append(milliseconds(functools.partial(module, batch, offsets), gpu.device))
+    pair = Pair(tuple(found[True]), tuple(found[False]))
+    return Figure(
+        row="zipf",
+        case=f"{case}, one call, its batch prefetched",
+        unit="ms a batch",
+        ours=pair.our_median,
+        peer="ours, not prefetched",
+        theirs=pair.their_median,
+        note="device idle before and after the call",
+        details=pair.details(),
     )
 
 
@@ -325,14 +331,14 @@ def run_zipf(gpu: GpuContext) -> Iterator[Figure]:
     for share in gpu.pick(SHARES, SHARES[:1]):
         gpu.check_time()
         first = share == SHARES[0]
-        found = compare(gpu, made, share, (CacheAlgorithm.LRU, CacheAlgorithm.LFU), ahead=first)
+        found = compare(gpu, made, share, (CacheAlgorithm.LRU, CacheAlgorithm.LFU))
         goal = Goal(at_most=False, reach=1.5, aim=3) if first else None
         case = f"{made.stream.shape}, INT8, {100 * share:g} % of rows in slots"
         for side in found.turns.rounds:
-            if side not in ("ours", "ahead"):
+            if side != "ours":
                 yield faster("zipf", case, made, found, side, None if side == "stock" else goal)
-        for side in [name for name in ("LRU", "LFU") if first and name in found.turns.rounds]:
-            yield faster("zipf", f"{case}, next batch prefetched", made, found, side, None, mine="ahead")
+        if first:
+            yield _prefetched(gpu, made, share, case)
         yield from unmeasured("zipf", case, found)
         if not first:
             del made.tiered[share]

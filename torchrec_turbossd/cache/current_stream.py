@@ -19,6 +19,10 @@ class CurrentStream:
         self._index = index
         self._known: dict[int, torch.cuda.Stream] = {}
 
+    def handle(self) -> int:
+        """Its `cudaStream_t`."""
+        return int(torch.cuda.current_stream(self._index).cuda_stream) if _raw is None else _raw(self._index)
+
     def __call__(self) -> torch.cuda.Stream:
         if _raw is None:
             return torch.cuda.current_stream(self._index)

@@ -95,11 +95,12 @@ class DeviceCache(TieredSlots):
         self._no_slots = [torch.empty(0, dtype=torch.int64, device=device) for _ in rows]
         self._none = np.zeros(len(rows), dtype=np.int64)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._chosen = torch.cuda.Event() if device.type == "cuda" else None
         self._current = CurrentStream(device.index or 0) if device.type == "cuda" else None
         self._recent: list[tuple[int, Ints]] = []
         """Lookups by table of the batches since the oldest in flight."""
         self._held: list[tuple[Batch, Ints]] = []
-        self._lookups = self._none
+        self._ends, self._lookups = b"", self._none
 
     def remap(
         self,
@@ -134,8 +135,11 @@ class DeviceCache(TieredSlots):
         """Remap a batch once more, as the same one: nothing counts as read twice."""
         batch.ahead = False
         self.ops.remap(batch)
-        if self._event is not None and self._current is not None:
-            self._event.record(self._current())
+        self._record(self._event)
+
+    def _record(self, event: torch.cuda.Event | None) -> None:
+        if event is not None and self._current is not None:
+            event.record(self._current())
 
     def _renumber(self) -> None:
         """Let batches in flight, and slots, have small numbers again."""
@@ -154,9 +158,11 @@ class DeviceCache(TieredSlots):
         if self._event is not None:
             self._event.synchronize()
         features, report = self._feature_table.size, self.ops.report
-        per_feature = report[1 + 2 * features :].copy()
-        per_feature[1:] -= report[1 + 2 * features : -1]
-        self._lookups = lookups = self._by_table(per_feature)
+        if (ends := report[1 + 2 * features :].tobytes()) != self._ends:
+            per_feature = report[1 + 2 * features :].copy()
+            per_feature[1:] -= report[1 + 2 * features : -1]
+            self._ends, self._lookups = ends, self._by_table(per_feature)
+        lookups = self._lookups
         flags = int(report[0])
         if not flags & entries.BAD_OFFSETS:
             self._note(lookups)
@@ -176,8 +182,12 @@ class DeviceCache(TieredSlots):
         return np.bincount(self._feature_table, weights=of_features, minlength=len(self.rows)).astype(np.int64)
 
     def _note(self, lookups: Ints) -> None:
-        oldest = self.oldest
-        if not self._active or len(self._recent) > _MOST_RECENT:
+        if not self._active:
+            # No batch in flight holds what came before.
+            self._recent = [(self._now, lookups)]
+            return
+        if len(self._recent) > _MOST_RECENT:
+            oldest = self.oldest
             self._recent = [(stamp, each) for stamp, each in self._recent if stamp >= oldest]
         if len(self._recent) > _MOST_RECENT:
             # One that is never ended: all since count as its last.
@@ -228,6 +238,7 @@ class DeviceCache(TieredSlots):
         batch.ahead = not any(self._free)
         if batch.ahead:
             self.ops.choose(batch, self._no_slots, min(self.oldest, batch.stamp))
+            self._record(self._chosen)
             self.ops.exchange(batch)
             self.ops.refill(batch)
         return batch.ahead
@@ -242,8 +253,8 @@ class DeviceCache(TieredSlots):
         Raises:
             CacheFullError: there are too few slots.
         """
-        if batch.ahead and not self._has_room(batch, found):
-            # Some rows may have found no slot, of which a closer look may show more.
+        if batch.ahead and not self._has_room(batch, found) and self._short():
+            # Batches that came after one in flight are held with it; a closer look lets them go.
             self.ops.unclaim(batch)
             self.again(batch)
             found = self.found()
@@ -257,6 +268,12 @@ class DeviceCache(TieredSlots):
         if not batch.ahead:
             self.ops.refill(batch)
         return []
+
+    def _short(self) -> bool:
+        """Waits to see whether rows of the batch that was brought ahead got no slot."""
+        if self._chosen is not None:
+            self._chosen.synchronize()
+        return bool(self.ops.short.any())
 
     def _promote(self, batch: Batch, found: Found) -> None:
         given = [self._free[t].take(int(n)) for t, n in enumerate(found.in_dram.tolist())]

@@ -21,13 +21,17 @@ class DeviceOps(ABC):
     Attributes:
         report: what the last `remap` found, once it has run: flags, then for each feature the rows that the DRAM tier
             has, those that are absent, and where its lookups end; [1 + 3 * features] int32 on the host.
+        short: for each table, rows that the last `choose` has found no slot for, once it has run: [tables] int32 there.
     """
 
     def __init__(self, state: DeviceState) -> None:
         self.state = state
         pinned = state.device.type == "cuda"
-        self._report = torch.zeros(1 + 3 * len(state.feature_table), dtype=torch.int32, pin_memory=pinned)
-        self.report = self._report.numpy()
+        features = len(state.feature_table)
+        words = 1 + 3 * features + len(state.rows)
+        self._report = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
+        self.report = self._report.numpy()[: 1 + 3 * features]
+        self.short = self._report.numpy()[1 + 3 * features :]
 
     def locate(self) -> None:  # noqa: B027
         """The state's tensors are others now."""

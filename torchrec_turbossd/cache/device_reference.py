@@ -77,6 +77,7 @@ class TorchOps(DeviceOps):
             none = torch.empty(0, dtype=torch.int64, device=self.state.device)
             self._chosen = [none for _ in self._listed]
             return
+        self.short[:] = 0
         free = [each.clone() for each in given]
         self._chosen = []
         for feature, table in enumerate(self.state.feature_table):
@@ -85,6 +86,7 @@ class TorchOps(DeviceOps):
             free[table] = free[table][wanted.numel() :]
             found.append(self.empty(table, wanted.numel() - found[0].numel(), oldest))
             slots = torch.cat(found)
+            self.short[table] += wanted.numel() - slots.numel()
             self.enqueue(table, slots, wanted[: slots.numel()])
             # Another feature of the table must not empty it again.
             at = slots + self.state.slot_base_of[table]

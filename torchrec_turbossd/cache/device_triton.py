@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchrec_turbossd.cache import kernels, kernels_rows
+from torchrec_turbossd.cache.current_stream import CurrentStream
 from torchrec_turbossd.cache.device_ops import DeviceOps, Given
 from torchrec_turbossd.cache.device_state import Batch, DeviceState
 
@@ -29,8 +30,9 @@ class TritonOps(DeviceOps):
         self._done = torch.zeros(1, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(1, dtype=torch.int64, device=device)
         self._none_given = torch.zeros(len(state.rows) + 1, dtype=torch.int32, device=device)
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         self._index = device.index or 0 if device.type == "cuda" else None
+        self._current = None if self._index is None else CurrentStream(self._index)
         self._parts = max(len(each) for each in state.parts)
         self._most = 0
         self._reserve(1)
@@ -81,14 +83,14 @@ class TritonOps(DeviceOps):
             with torch.cuda.device(self._index):
                 self._launch(kernel, grid, args, **constants)
             return
-        types = [each.dtype for each in args if isinstance(each, Tensor)]
-        key = (kernel.__name__, *types, *constants.values())
-        compiled = self._compiled.get(key)
-        if compiled is None:
+        key = (kernel.__name__, *[each.dtype for each in args if type(each) is Tensor], *constants.values())
+        compiled, values = self._compiled.get(key, (None, ()))
+        if compiled is None or self._current is None:
             # None where it is interpreted.
-            self._compiled[key] = kernel[grid](self._at, *args, **constants)
+            values = tuple(value for name, value in constants.items() if name != "num_warps")
+            self._compiled[key] = kernel[grid](self._at, *args, **constants), values
             return
-        compiled[(*grid, 1)](self._at, *args, *(v for name, v in constants.items() if name != "num_warps"))
+        compiled[(*grid, 1)](self._at, *args, *values, stream=self._current.handle())
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ from torchrec_turbossd.cache.kernel_words import (
     AT_PARTS,
     AT_PUBLISHED,
     AT_QUEUES,
+    AT_REPORT,
     AT_RINGS,
     AT_SLOT_MAP,
     AT_STATE,
@@ -224,7 +225,7 @@ def choose(at, given, given_first, offsets, lookups, bags, oldest, BLOCK: tl.con
     owners, state = int64_at(at, AT_OWNERS) + slot_base, int32_at(at, AT_STATE) + slot_base
     ghosts, cells, small, small_size, main, main_size, queue = _queues(at, table)
     published = int32_at(at, AT_PUBLISHED)
-    lane = tl.arange(0, BLOCK)
+    lane, short = tl.arange(0, BLOCK), 0
     next_given, last_given = tl.load(given_first + table), tl.load(given_first + table + 1)
     features = int32_at(at, AT_FEATURE_FIRST) + table
     for place in range(tl.load(features), tl.load(features + 1)):
@@ -256,6 +257,10 @@ def choose(at, given, given_first, offsets, lookups, bags, oldest, BLOCK: tl.con
         )
         for first in range(found, need, BLOCK):
             tl.store(out + first + lane, 0, mask=first + lane < need)
+        short += need - found
+    tl.store(
+        int32_at(at, AT_REPORT) + 1 + 3 * tl.load(int32_at(at, AT_FEATURE_FIRST) + tl.num_programs(0)) + table, short
+    )
 
 
 @triton.jit

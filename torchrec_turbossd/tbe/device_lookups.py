@@ -29,6 +29,8 @@ _TURN_S = 0.02
 Made = TypeVar("Made")
 Run = Callable[[Tensor, Tensor], Tensor]
 Wanted = list[tuple[int, Tensor]]
+Buffers = tuple[Tensor, Tensor]
+"""Slots [N] and offsets, both int32 or both int64."""
 
 
 class Use(enum.Enum):
@@ -53,7 +55,8 @@ class DeviceLookupRows(ServedRows):
         self.order = ServingOrder(self.device)
         self._hits = dict.fromkeys(Use, False)
         """The last batch of its kind found all of its rows in slots, and so may the next."""
-        self._looked_up: Work | None = None
+        self.looked_up: Work | None = None
+        self._kept = torch.empty(0, device=self.device), torch.empty(0, device=self.device)
         # Slots were just made, on the stream of whoever made them.
         self.order.follow()
 
@@ -83,11 +86,12 @@ class DeviceLookupRows(ServedRows):
             InputError, RowIndexError: as `Layout.place`.
             CacheFullError: there are too few slots; the batch can then run on `take_out`.
         """
-        slots, safe = self._buffers(batch, slot_type)
         if not batch.lookups_and_bags:
             batch.place()
-            return run(slots, batch.offsets.to(slot_type))
-        return self._serve(batch, (slots, safe), Use.LOOKUP, lambda work: self._launch(work, run))
+            return run(batch.indices.to(slot_type), batch.offsets.to(slot_type))
+        return self._serve(
+            batch, lambda: self._workspace(batch, slot_type), Use.LOOKUP, lambda work: self._launch(work, run)
+        )
 
     def prefetch(self, batch: UnplacedBatch) -> None:
         """Bring the rows of a batch into slots, where they stay until others need these more.
@@ -101,14 +105,15 @@ class DeviceLookupRows(ServedRows):
             batch.place()
             return
         batch.keep_for_current_stream()
+        into = self._buffers(batch, torch.int32)
         with contextlib.suppress(CacheFullError):
-            self._serve(batch, self._buffers(batch, torch.int32), Use.AHEAD, lambda work: None)
+            self._serve(batch, lambda: into, Use.AHEAD, lambda work: None)
 
-    def hold(self, batch: UnplacedBatch, into: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    def hold(self, batch: UnplacedBatch, into: Buffers) -> Callable[[], None]:
         """Bring the rows of a batch into slots, where they stay until what this returns is called, once.
 
         Args:
-            into: slots [N] and offsets, both int32 or both int64, which are written.
+            into: is written.
 
         Raises:
             InputError, RowIndexError: as `Layout.place`.
@@ -126,40 +131,32 @@ class DeviceLookupRows(ServedRows):
 
             return release
 
-        return self._serve(batch, into, Use.HOLD, held)
+        return self._serve(batch, lambda: into, Use.HOLD, held)
 
-    def _buffers(self, batch: UnplacedBatch, slot_type: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _workspace(self, batch: UnplacedBatch, slot_type: torch.dtype) -> Buffers:
+        """Buffers of lookups, which come one after the other: the last one's, where they are as large."""
+        slots, safe = self._kept
+        if slots.shape != batch.indices.shape or safe.shape != batch.offsets.shape or slots.dtype != slot_type:
+            # The last lookup may use them still, on another stream than they were made on.
+            self.order.keep(self._kept)
+            self._kept = self._buffers(batch, slot_type)
+            self.order.made_here()
+        return self._kept
+
+    def _buffers(self, batch: UnplacedBatch, slot_type: torch.dtype) -> Buffers:
         slots = torch.empty(batch.indices.numel(), dtype=slot_type, device=self.device)
         return slots, torch.empty(batch.offsets.numel(), dtype=slot_type, device=self.device)
 
     def _launch(self, work: Work, run: Run) -> Tensor:
         self.order.accounted()
         out = run(work.slots, work.safe)
-        self._looked_up = work if self.order.looked_up() else None
+        self.looked_up = work if self.order.looked_up() else None
         return out
 
-    @contextmanager
-    def _moment(self, use: Use) -> Iterator[None]:
-        """Where a batch may be launched."""
-        if use is not Use.AHEAD:
-            with self.lock, self.on_stream():
-                yield
-            return
-        with self.lock:
-            beside = self.order.beside()
-            pin = self.cache.pin(self._looked_up) if beside and self._looked_up is not None else None
-            try:
-                yield
-            finally:
-                if pin is not None:
-                    self.cache.unpin(pin)
-                if beside:
-                    self.order.prefetched()
-
-    def _serve(self, batch: UnplacedBatch, into: tuple[Tensor, Tensor], use: Use, then: Callable[[Work], Made]) -> Made:
+    def _serve(self, batch: UnplacedBatch, into: Callable[[], Buffers], use: Use, then: Callable[[Work], Made]) -> Made:
         """What `then` makes of a batch once all of its rows are in slots; for a lookup it may be asked before."""
-        with self._moment(use):
-            work = self._remap(batch, into)
+        with _Moment(self, use):
+            work = self._remap(batch, into())
             try:
                 launched = self._hits[use] or self.cache.bring_ahead(work)
                 early = then(work) if launched and use is Use.LOOKUP else None
@@ -184,7 +181,7 @@ class DeviceLookupRows(ServedRows):
         finally:
             self._end_reading(reader)
 
-    def _remap(self, batch: UnplacedBatch, into: tuple[Tensor, Tensor]) -> Work:
+    def _remap(self, batch: UnplacedBatch, into: Buffers) -> Work:
         slots, safe = into
         work: Work = self.cache.remap(batch.indices, batch.offsets, batch.bags, slots, mark=False, safe=safe)
         return work
@@ -204,7 +201,7 @@ class DeviceLookupRows(ServedRows):
     def _with_reads(
         self,
         batch: UnplacedBatch,
-        into: tuple[Tensor, Tensor],
+        into: Callable[[], Buffers],
         begun: tuple[Reader, Wanted],
         found: Found,
         use: Use,
@@ -214,9 +211,9 @@ class DeviceLookupRows(ServedRows):
         reader, wanted = begun
         while True:
             self._read(reader, self._by_place(wanted))
-            with self._moment(use):
+            with _Moment(self, use):
                 self._catch_up(reader)
-                work = self._remap(batch, into)
+                work = self._remap(batch, into())
                 try:
                     wanted = self._bring_all(batch, work, reader)
                 except BaseException:
@@ -242,6 +239,40 @@ class DeviceLookupRows(ServedRows):
     def _by_place(self, wanted: Wanted) -> list[Tensor]:
         by_table = dict(wanted)
         return [by_table.get(t, torch.empty(0, dtype=torch.int64)) for t in range(len(self.shards))]
+
+
+class _Moment:
+    """Where a batch may be launched; a context manager without the cost of a generator."""
+
+    __slots__ = ("_beside", "_pin", "_rows", "_use")
+
+    def __init__(self, rows: DeviceLookupRows, use: Use) -> None:
+        self._rows, self._use = rows, use
+        self._beside, self._pin = False, None
+
+    def __enter__(self) -> None:
+        rows = self._rows
+        rows.lock.acquire()
+        try:
+            if self._use is not Use.AHEAD:
+                rows.order.follow()
+                return
+            self._beside = rows.order.beside()
+            if self._beside and rows.looked_up is not None:
+                self._pin = rows.cache.pin(rows.looked_up)
+        except BaseException:
+            rows.lock.release()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        rows = self._rows
+        try:
+            if self._pin is not None:
+                rows.cache.unpin(self._pin)
+            if self._beside:
+                rows.order.prefetched()
+        finally:
+            rows.lock.release()
 
 
 def _nothing_to_write(table: int, ids: Tensor, rows: Tensor) -> None:

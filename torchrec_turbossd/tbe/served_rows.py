@@ -92,7 +92,7 @@ class ServedRows(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of fast memory: slots (with the reserved one of each table), slot map and bookkeeping."""
-        held = sum((n + 1) * s.row_bytes for n, s in zip(self.cache.slots, self.shards, strict=True))
+        held = sum((n + 1) * self.memory.slot_bytes(table) for table, n in enumerate(self.cache.slots))
         return held + self.cache.nbytes
 
     @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from torchrec_turbossd.cache.current_stream import CurrentStream
 
@@ -20,6 +22,7 @@ class ServingOrder:
         self._current = CurrentStream(device.index or 0) if device.type == "cuda" else None
         self._lock = threading.Lock()
         self._last: torch.cuda.Stream | None = None
+        self._made_on: torch.cuda.Stream | None = None
         self._ahead: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
         self._marks: list[torch.cuda.Event] = []
         """The account of the last lookup, that lookup, and the one before it; once there are prefetches."""
@@ -42,6 +45,16 @@ class ServingOrder:
     def _follow_prefetch(self, current: torch.cuda.Stream) -> None:
         if self._ahead is not None and self._ahead[0] is not current:
             current.wait_event(self._ahead[1])
+
+    def made_here(self) -> None:
+        """Buffers that lookups use, and give to `keep` later, were made on the stream that `follow` was called on."""
+        self._made_on = self._last
+
+    def keep(self, buffers: Sequence[Tensor]) -> None:
+        """Buffers that nobody needs any more are not used anew before the last lookup is over."""
+        if self._last is not None and self._made_on is not self._last:
+            for buffer in buffers:
+                buffer.record_stream(self._last)
 
     def accounted(self) -> None:
         """The account of a lookup was launched; the lookup itself comes next."""

@@ -21,6 +21,10 @@ class SlotMemory(ABC):
     def parts(self, table: int) -> list[Tensor]:
         """The parts of a row, in the order of its bytes, as views: [slots + 1, bytes] uint8 each."""
 
+    def slot_bytes(self, table: int) -> int:
+        """Bytes that one slot takes, padding included."""
+        return sum(part.stride(0) for part in self.parts(table))
+
     @abstractmethod
     def write(self, table: int, slots: Tensor, rows: Tensor) -> None:
         """Put `rows` [N, row_bytes] uint8 into distinct `slots` [N] int64; both on any device."""

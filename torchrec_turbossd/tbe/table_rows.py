@@ -332,7 +332,7 @@ class TableRows(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of fast memory: slots (with the reserved one of each table), slot map and bookkeeping."""
-        held = sum((n + 1) * s.row_bytes for n, s in zip(self._slots.slots, self.shards, strict=True))
+        held = sum((n + 1) * self.memory.slot_bytes(table) for table, n in enumerate(self._slots.slots))
         return held + self._slots.nbytes
 
 
