@@ -92,11 +92,6 @@ class TritonOps(DeviceOps):
             return
         compiled[(*grid, 1)](self._at, *args, *values, stream=self._current.handle())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of scratch memory."""
-        return sum(each.nbytes for each in (self._missing, self._chosen))
-
     def _grid(self, lookups: int, block: int) -> tuple[int, int]:
         features = len(self.state.feature_table)
         # Features may differ in lookups; programs without work cost little, and those with much loop.
