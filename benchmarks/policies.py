@@ -15,7 +15,6 @@ from torchrec_turbossd.cache import DEFAULT_POLICY, POLICIES, SlotCache
 GOAL = Goal(at_most=False, reach=1.0)
 SHARES = (0.01, 0.05, 0.10, 0.25)
 _LARGEST_BATCH = 1024
-_CPU = torch.device("cpu")
 
 
 def run(context: Context) -> Iterator[Figure]:
@@ -60,7 +59,7 @@ def hit_rate(policy: str, ids: Ints, rows: int, slots: int) -> float:
 
     As everywhere, a row that a batch asks for several times and that is absent is one miss.
     """
-    cache = SlotCache([rows], [slots], device=_CPU, policy=policy)
+    cache = SlotCache([rows], [slots], policy=policy)
     missed = 0
     for batch in torch.split(torch.from_numpy(ids), max(1, min(_LARGEST_BATCH, slots // 2))):
         found = cache.lookup(batch)

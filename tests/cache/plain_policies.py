@@ -13,8 +13,6 @@ from torchrec_turbossd.cache.ghost import Ghost
 from torchrec_turbossd.cache.reads import Reads
 from torchrec_turbossd.cache.slot_queue import SlotQueue
 
-CPU = torch.device("cpu")
-
 
 class PlainS3Fifo:
     """Rows in two queues and a ghost of ids; the ghost's cells are those of the policy under test."""
@@ -99,12 +97,12 @@ class SmallCache:
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
         self.slots: dict[int, int] = {}
-        self.owners = torch.full((policy.slots + 1,), -1, dtype=torch.int64, device=policy.device)
-        self.pinned = torch.zeros(policy.slots + 1, dtype=torch.bool, device=policy.device)
+        self.owners = torch.full((policy.slots + 1,), -1, dtype=torch.int64)
+        self.pinned = torch.zeros(policy.slots + 1, dtype=torch.bool)
 
     def numbers(self, values: Iterable[int]) -> torch.Tensor:
-        """[N] int64 on the policy's device."""
-        return torch.tensor(list(values), dtype=torch.int64, device=self.policy.device)
+        """[N] int64."""
+        return torch.tensor(list(values), dtype=torch.int64)
 
     def evictable(self, slots: torch.Tensor) -> torch.Tensor:
         return (self.owners[slots] >= 0) & ~self.pinned[slots]

@@ -9,24 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.cache.plain_policies import CPU, PlainS3Fifo, PlainSieve, SmallCache, drifting_rows, policy_bytes, zipf_rows
+from tests.cache.plain_policies import PlainS3Fifo, PlainSieve, SmallCache, drifting_rows, policy_bytes, zipf_rows
 from torchrec_turbossd import sizing
 from torchrec_turbossd.cache.eviction import EvictionPolicy
 from torchrec_turbossd.cache.ghost import Ghost
 from torchrec_turbossd.cache.policies import BYTES_PER_SLOT, DEFAULT_POLICY, POLICIES
-from torchrec_turbossd.cache.reads import Reads
 from torchrec_turbossd.cache.s3_fifo import S3Fifo
 
-CUDA = torch.device("cuda", 0)
 NAMES = pytest.mark.parametrize("name", sorted(POLICIES))
 
 
-def make(name: str, slots: int, device: torch.device = CPU) -> SmallCache:
-    return SmallCache(POLICIES[name](slots, device))
+def make(name: str, slots: int) -> SmallCache:
+    return SmallCache(POLICIES[name](slots))
 
 
-def hits(name: str, ids: list[int], slots: int, batch: int, device: torch.device = CPU) -> int:
-    cache = make(name, slots, device)
+def hits(name: str, ids: list[int], slots: int, batch: int) -> int:
+    cache = make(name, slots)
     return sum(cache.serve(ids[n : n + batch]) for n in range(0, len(ids), batch))
 
 
@@ -61,22 +59,6 @@ def test_golden_hits(name: str) -> None:
     assert tuple(hits(name, ids, 200, batch) for batch in (16, 64, 256)) == GOLDEN[name]
 
 
-@pytest.mark.parametrize("name", ["s3_fifo", "sieve"])
-def test_counts_on_a_device_give_the_same_hits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU the policies take arrays; what they do elsewhere runs here too."""
-    monkeypatch.setattr(
-        f"torchrec_turbossd.cache.{name}.reads_on", lambda device, slots, most: Reads(slots, most, device)
-    )
-    assert hits(name, zipf_rows(2000, 1.05, 20_000, seed=11), 200, 64) == GOLDEN[name][1]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"lru"}))
-def test_golden_hits_on_cuda(name: str) -> None:
-    """LRU's order within one batch is anyone's."""
-    assert hits(name, zipf_rows(2000, 1.05, 20_000, seed=11), 200, 256, CUDA) == GOLDEN[name][2]
-
-
 @pytest.mark.parametrize("slots", [20, 100, 200, 500])
 @pytest.mark.parametrize("batch", [16, 128])
 @pytest.mark.parametrize("stream", ["steady", "drifting", "scanned"])
@@ -94,11 +76,10 @@ class VictimsAreAsPromised(RuleBasedStateMachine):
 
     name = "clock"
     slots = 11
-    device = CPU
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = make(self.name, self.slots, self.device)
+        self.cache = make(self.name, self.slots)
 
     @rule(ids=st.lists(st.integers(0, 30), min_size=1, max_size=12))
     def serve(self, ids: list[int]) -> None:
@@ -157,30 +138,18 @@ class SieveVictims(VictimsAreAsPromised):
     name = "sieve"
 
 
-class S3FifoVictimsOnCuda(S3FifoVictims):
-    device = CUDA
-
-
-class SieveVictimsOnCuda(SieveVictims):
-    device = CUDA
-
-
 TestClockVictims = VictimsAreAsPromised.TestCase
 TestLruVictims = LruVictims.TestCase
 TestS3FifoVictims = S3FifoVictims.TestCase
 TestSieveVictims = SieveVictims.TestCase
-TestS3FifoVictimsOnCuda = pytest.mark.gpu(S3FifoVictimsOnCuda.TestCase)
-TestSieveVictimsOnCuda = pytest.mark.gpu(SieveVictimsOnCuda.TestCase)
 for case in (TestClockVictims, TestLruVictims, TestS3FifoVictims, TestSieveVictims):
     case.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-for case in (TestS3FifoVictimsOnCuda, TestSieveVictimsOnCuda):
-    case.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
 del case
 
 
 @NAMES
 def test_slots_never_admitted_are_not_victims(name: str) -> None:
-    policy = POLICIES[name](10, CPU)
+    policy = POLICIES[name](10)
     mine = torch.tensor([2, 5, 9])
     policy.admitted(mine, torch.tensor([7, 8, 9]))
     policy.touch(torch.tensor([0, 1, 2, 10]))
@@ -229,7 +198,7 @@ def test_victims_are_the_coldest_by_heat(name: str) -> None:
 
 @NAMES
 def test_heat_orders_a_large_cache(name: str) -> None:
-    policy = POLICIES[name](1000, CPU)
+    policy = POLICIES[name](1000)
     slots = torch.arange(1, 1001)
     policy.admitted(slots, slots)
     policy.touch(slots[:300])
@@ -281,7 +250,7 @@ def test_named_and_kept_slots_are_named_again() -> None:
 @NAMES
 def test_memory_is_what_the_policy_says(name: str) -> None:
     for slots in (1, 2, 3, 4, 9, 1001, 1002):
-        policy = POLICIES[name](slots, CPU)
+        policy = POLICIES[name](slots)
         assert policy.nbytes == policy_bytes(policy) == (slots + 1) * policy.bytes_per_slot
 
 
@@ -316,7 +285,7 @@ def test_the_ghost_remembers_about_as_many_ids_as_it_has_cells() -> None:
 
 
 def test_reads_are_counted_up_to_three() -> None:
-    policy: EvictionPolicy = S3Fifo(20, CPU)
+    policy: EvictionPolicy = S3Fifo(20)
     slots = torch.arange(1, 21)
     policy.admitted(slots, slots)
     for _ in range(9):

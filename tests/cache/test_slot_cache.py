@@ -13,7 +13,6 @@ from torchrec_turbossd.cache import BYTES_PER_SLOT, SLOT_MAP_BYTES_PER_ROW, Slot
 from torchrec_turbossd.errors import CacheFullError, ConfigError
 from torchrec_turbossd.sizing.memory import shard_fast_bytes
 
-CPU = torch.device("cpu")
 ROWS, SLOTS = [40, 25], [6, 9]
 
 
@@ -21,18 +20,17 @@ class CacheAgainstDict(RuleBasedStateMachine):
     """What is where, what is pinned and what is dirty, kept twice."""
 
     policy = "clock"
-    device = CPU
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = SlotCache(ROWS, SLOTS, device=self.device, policy=self.policy)
+        self.cache = SlotCache(ROWS, SLOTS, policy=self.policy)
         self.slot_of: list[dict[int, int]] = [{}, {}]
         self.pins: dict[tuple[int, int], int] = {}
         self.dirty: set[tuple[int, int]] = set()
 
     def _at(self, table: int, ids: list[int]) -> torch.Tensor:
         base = int(self.cache.slot_bases[table])
-        return torch.tensor([self.slot_of[table][i] + base for i in ids], dtype=torch.int64, device=self.device)
+        return torch.tensor([self.slot_of[table][i] + base for i in ids], dtype=torch.int64)
 
     @rule(table=st.integers(0, 1), seed=st.integers(0, 10**6), count=st.integers(1, 10))
     def admit(self, table: int, seed: int, count: int) -> None:
@@ -44,9 +42,9 @@ class CacheAgainstDict(RuleBasedStateMachine):
         loose = sum((table, i) not in self.pins for i in held)
         if len(ids) > free + loose:
             with pytest.raises(CacheFullError):
-                self.cache.reserve(table, torch.tensor(ids, device=self.device))
+                self.cache.reserve(table, torch.tensor(ids))
             return
-        reservation = self.cache.reserve(table, torch.tensor(ids, dtype=torch.int64, device=self.device))
+        reservation = self.cache.reserve(table, torch.tensor(ids, dtype=torch.int64))
         gone = reservation.evicted_ids.tolist()
         for i, slot, dirty in zip(gone, reservation.evicted_slots.tolist(), reservation.dirty.tolist(), strict=True):
             assert (table, i) not in self.pins, "a pinned row was evicted"
@@ -81,7 +79,7 @@ class CacheAgainstDict(RuleBasedStateMachine):
     @rule(table=st.integers(0, 1), pick=st.integers(0, 100))
     def drop_or_clean(self, table: int, pick: int) -> None:
         loose = [i for i in sorted(self.slot_of[table]) if (table, i) not in self.pins][: 1 + pick % 3]
-        ids = torch.tensor(loose, dtype=torch.int64, device=self.device)
+        ids = torch.tensor(loose, dtype=torch.int64)
         if pick % 2:
             self.cache.drop(table, ids)
             for i in loose:
@@ -94,7 +92,7 @@ class CacheAgainstDict(RuleBasedStateMachine):
     def agrees(self) -> None:
         self.cache.check()
         for table, held in enumerate(self.slot_of):
-            found = self.cache.slots_of(table, torch.arange(ROWS[table], device=self.device)).tolist()
+            found = self.cache.slots_of(table, torch.arange(ROWS[table])).tolist()
             assert {i: s for i, s in enumerate(found) if s} == held
             ids, _ = self.cache.dirty(table)
             assert {(table, i) for i in ids.tolist()} == {(t, i) for t, i in self.dirty if t == table}
@@ -113,39 +111,17 @@ class SieveAgainstDict(CacheAgainstDict):
     policy = "sieve"
 
 
-class ClockOnCuda(CacheAgainstDict):
-    device = torch.device("cuda", 0)
-
-
-class LruOnCuda(LruAgainstDict):
-    device = torch.device("cuda", 0)
-
-
-class S3FifoOnCuda(S3FifoAgainstDict):
-    device = torch.device("cuda", 0)
-
-
-class SieveOnCuda(SieveAgainstDict):
-    device = torch.device("cuda", 0)
-
-
 TestClock = CacheAgainstDict.TestCase
 TestLru = LruAgainstDict.TestCase
 TestS3Fifo = S3FifoAgainstDict.TestCase
 TestSieve = SieveAgainstDict.TestCase
 for case in (TestClock, TestLru, TestS3Fifo, TestSieve):
     case.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-TestClockOnCuda = pytest.mark.gpu(ClockOnCuda.TestCase)
-TestLruOnCuda = pytest.mark.gpu(LruOnCuda.TestCase)
-TestS3FifoOnCuda = pytest.mark.gpu(S3FifoOnCuda.TestCase)
-TestSieveOnCuda = pytest.mark.gpu(SieveOnCuda.TestCase)
-for case in (TestClockOnCuda, TestLruOnCuda, TestS3FifoOnCuda, TestSieveOnCuda):
-    case.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
 del case
 
 
 def test_memory_is_what_planning_counts() -> None:
-    cache = SlotCache(ROWS, SLOTS, device=CPU)
+    cache = SlotCache(ROWS, SLOTS)
     assert cache.map.nbytes == sum(ROWS) * SLOT_MAP_BYTES_PER_ROW
     planned = sum(shard_fast_bytes(s, r, 0) for s, r in zip(SLOTS, ROWS, strict=True))
     assert cache.nbytes == planned
@@ -155,7 +131,7 @@ def test_memory_is_what_planning_counts() -> None:
 
 
 def test_a_billion_row_map_opens_without_touching_memory() -> None:
-    cache = SlotCache([1_600_000_000], [4], device=CPU)
+    cache = SlotCache([1_600_000_000], [4])
     reservation = cache.reserve(0, torch.tensor([1_599_999_999]))
     cache.commit(reservation)
     assert cache.lookup(torch.tensor([1_599_999_999, 7])).tolist() == [1, 0]
@@ -167,17 +143,17 @@ def test_a_billion_row_map_opens_without_touching_memory() -> None:
 @pytest.mark.parametrize(("rows", "slots"), [([0], [1]), ([5], [0]), ([5, 5], [1])])
 def test_sizes_that_make_no_sense(rows: list[int], slots: list[int]) -> None:
     with pytest.raises(ConfigError, match="rows"):
-        SlotCache(rows, slots, device=CPU)
+        SlotCache(rows, slots)
 
 
 def test_unknown_policy_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="clock, lru"):
-        SlotCache([5], [1], device=CPU, policy="random")
+        SlotCache([5], [1], policy="random")
 
 
 def test_check_finds_planted_damage() -> None:
     for damage in ("_owners", "_pins", "_dirty"):
-        cache = SlotCache([9], [3], device=CPU)
+        cache = SlotCache([9], [3])
         cache.commit(cache.reserve(0, torch.tensor([4])))
         getattr(cache, damage)[2] = 1
         with pytest.raises(RuntimeError, match="invariant broken in table 0"):
@@ -186,7 +162,7 @@ def test_check_finds_planted_damage() -> None:
 
 def _hits(policy: str, ids: torch.Tensor, rows: int, slots: int, batch: int) -> int:
     """Hits of a stream served in batches: every lookup but the first of an absent id; only rows found were read."""
-    cache = SlotCache([rows], [slots], device=CPU, policy=policy)
+    cache = SlotCache([rows], [slots], policy=policy)
     misses = 0
     for part in torch.split(ids, batch):
         found = cache.lookup(part)

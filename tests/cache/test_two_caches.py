@@ -5,41 +5,39 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrec_turbossd.cache import POLICIES, SlotCache, SparseSlotMap
+from torchrec_turbossd.cache import POLICIES, SlotCache
 
 ROWS, SLOTS = [50, 30], [8, 6]
-DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
 
 
-def ids_of(*ids: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+def ids_of(*ids: int) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def fill(cache: SlotCache, table: int, *ids: int) -> torch.Tensor:
     slots = cache.take(table, len(ids))
-    cache.admit(table, ids_of(*ids, device=cache.device), slots)
+    cache.admit(table, ids_of(*ids), slots)
     return slots
 
 
 def held(cache: SlotCache, table: int) -> dict[int, int]:
-    found = cache.slots_of(table, torch.arange(ROWS[table], device=cache.device)).tolist()
+    found = cache.slots_of(table, torch.arange(ROWS[table])).tolist()
     return {i: s for i, s in enumerate(found) if s}
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_slots_are_never_lost(policy: str, device: torch.device) -> None:
-    cache = SlotCache(ROWS, SLOTS, device=device, policy=policy)
+def test_slots_are_never_lost(policy: str) -> None:
+    cache = SlotCache(ROWS, SLOTS, policy=policy)
     slots = fill(cache, 0, 3, 1, 4, 15)
     assert held(cache, 0) == dict(zip([3, 1, 4, 15], slots.tolist(), strict=True)) and cache.free(0) == 4
     fresh = cache.take(0, 2)
-    old = cache.move(0, ids_of(4, 3, device=device), fresh)
+    old = cache.move(0, ids_of(4, 3), fresh)
     assert held(cache, 0)[4] == int(fresh[0]) and held(cache, 0)[3] == int(fresh[1])
     assert old.tolist() == [int(slots[2]), int(slots[0])]
     none = old[:0]
     cache.check([old, none])
     cache.give(0, old)
-    gone = cache.remove(0, ids_of(1, device=device))
+    gone = cache.remove(0, ids_of(1))
     assert gone.tolist() == [int(slots[1])] and 1 not in held(cache, 0)
     cache.give(0, gone)
     evicted = cache.evict(0, 2)
@@ -50,19 +48,13 @@ def test_slots_are_never_lost(policy: str, device: torch.device) -> None:
         cache.check()
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("sparse", [False, True])
-def test_one_cache_takes_the_place_of_another(
-    policy: str, device: torch.device, sparse: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live = SlotCache(ROWS, SLOTS, device=device, policy=policy)
+def test_one_cache_takes_the_place_of_another(policy: str) -> None:
+    live = SlotCache(ROWS, SLOTS, policy=policy)
     fill(live, 0, 1, 2, 3, 4, 5)
     fill(live, 1, 7, 8)
     before = [held(live, table) for table in range(2)]
     following = live.beside()
-    if sparse:
-        following.map = SparseSlotMap(device)
     assert following.free(0) == 0 and held(following, 0) == {}
     following.give(0, live.take(0, 3))
     following.give(1, live.take(1, 2))
@@ -82,12 +74,11 @@ def test_one_cache_takes_the_place_of_another(
     assert following.free(0) == 6 and following.free(1) == 5
     fill(following, 0, 1, 2, 3, 10, 11, 12)
     assert following.evict(0, 8).numel() == 8
-    assert device.type == "cpu" or not isinstance(following.map, SparseSlotMap), "the dense map changes hands"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_hottest_come_first(policy: str) -> None:
-    cache = SlotCache([50], [8], device=torch.device("cpu"), policy=policy)
+    cache = SlotCache([50], [8], policy=policy)
     fill(cache, 0, 1, 2, 3, 4, 5)
     for _ in range(2):
         cache.touch(0, cache.slots_of(0, torch.tensor([4, 2])).to(torch.int32))
@@ -97,7 +88,7 @@ def test_the_hottest_come_first(policy: str) -> None:
 
 
 def test_free_slots_are_lent_in_order() -> None:
-    cache = SlotCache([50], [8], device=torch.device("cpu"))
+    cache = SlotCache([50], [8])
     first = cache.take(0, 3)
     assert first.tolist() == [1, 2, 3]
     cache.give(0, first[1:])
@@ -108,7 +99,7 @@ def test_free_slots_are_lent_in_order() -> None:
 
 
 def test_touches_do_not_keep_whole_batches() -> None:
-    cache = SlotCache([50], [8], device=torch.device("cpu"))
+    cache = SlotCache([50], [8])
     fill(cache, 0, 1, 2)
     batch = torch.ones(100_000, dtype=torch.int32)
     cache.touch(0, batch[:3])

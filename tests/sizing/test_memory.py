@@ -57,7 +57,7 @@ def held(thing: Any, found: dict[int, tuple[str, int]]) -> dict[int, tuple[str, 
 
 def test_bookkeeping_of_a_cpu_is_what_is_counted() -> None:
     rows, slots = 9_000, 2_000
-    cache = SlotCache([rows], [slots], device=torch.device("cpu"))
+    cache = SlotCache([rows], [slots])
     memory = [size for _, size in held(cache, {}).values() if size > 64]
     assert sum(memory) == cache.nbytes == shard_fast_bytes(slots, rows, 0)
 
@@ -165,7 +165,7 @@ class NoMemory(SlotMemory):
 def test_a_lookup_in_flight_takes_what_is_counted() -> None:
     spec = TableSpec(name="t", rows=1000, dim=8, state=(StateSpec(name="momentum1", per_row=True),))
     shard = TableShard.whole(spec)
-    rows = CachedRows([shard], [500], [0], NoMemory(), MemoryRowStore({shard.key: 36}), device=torch.device("cpu"))
+    rows = CachedRows([shard], [500], [0], NoMemory(), MemoryRowStore({shard.key: 36}))
     count = 300
     batch = Batch(positions=torch.arange(count), runs=[Run(0, 0, count)])
     arrival = rows.choose(batch)

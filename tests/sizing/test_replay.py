@@ -42,7 +42,7 @@ def sessions() -> Ints:
 
 
 def measured(trace: Ints, slots: int, policy: str = "s3_fifo") -> float:
-    cache = SlotCache([ROWS], [slots], device=torch.device("cpu"), policy=policy)
+    cache = SlotCache([ROWS], [slots], policy=policy)
     missed = 0
     for start in range(0, LOOKUPS, BATCH):
         ids = torch.from_numpy(trace[start : start + BATCH])

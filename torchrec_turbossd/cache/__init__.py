@@ -3,7 +3,7 @@
 from torchrec_turbossd.cache.eviction import EvictionPolicy
 from torchrec_turbossd.cache.policies import BYTES_PER_SLOT, DEFAULT_POLICY, POLICIES
 from torchrec_turbossd.cache.slot_cache import Reservation, SlotCache
-from torchrec_turbossd.cache.slot_map import SLOT_MAP_BYTES_PER_ROW, SlotMap, SparseSlotMap
+from torchrec_turbossd.cache.slot_map import SLOT_MAP_BYTES_PER_ROW, SlotMap
 
 __all__ = [
     "BYTES_PER_SLOT",
@@ -14,5 +14,4 @@ __all__ = [
     "Reservation",
     "SlotCache",
     "SlotMap",
-    "SparseSlotMap",
 ]

@@ -22,9 +22,9 @@ class Clock(EvictionPolicy):
 
     bytes_per_slot: ClassVar[int] = 1
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        super().__init__(slots, device)
-        self._marks = torch.zeros(slots + 1, dtype=torch.uint8, device=device)
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self._marks = torch.zeros(slots + 1, dtype=torch.uint8, device="cpu")
         self._hand = 0
 
     @property
@@ -51,7 +51,7 @@ class Clock(EvictionPolicy):
 
     def heat(self) -> Tensor:
         """Slots that the hand comes to later are hotter, those read hotter than all others."""
-        slots = torch.arange(self.slots + 1, device=self.device)
+        slots = torch.arange(self.slots + 1, device="cpu")
         ahead = (slots - 1 - self._hand) % self.slots + 1
         known = self._marks != _UNKNOWN
         return torch.where(known, ahead + self.slots * (self._marks == _READ), 0)
@@ -62,13 +62,13 @@ class Clock(EvictionPolicy):
         left_to_scan, left_to_find = 2 * self.slots, count
         while left_to_find > 0 and left_to_scan > 0:
             window = min(max(2 * left_to_find, _SMALLEST_WINDOW), self.slots, left_to_scan)
-            slots = (self._hand + torch.arange(window, device=self.device)) % self.slots + 1
+            slots = (self._hand + torch.arange(window, device="cpu")) % self.slots + 1
             taken, passed = self._sweep(slots, left_to_find, evictable)
             found.append(taken)
             left_to_find -= taken.numel()
             left_to_scan -= passed
             self._hand = (self._hand + passed) % self.slots
-        result = torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=self.device)
+        result = torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
         self._marks.index_fill_(0, result, _UNREAD)
         return result
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 Evictable = Callable[[Tensor], Tensor]
@@ -14,7 +13,7 @@ Evictable = Callable[[Tensor], Tensor]
 
 
 class EvictionPolicy(ABC):
-    """Batches of slots of one table, numbered 1 to `slots`. Tensors are int64 on the table's device.
+    """Batches of slots of one table, numbered 1 to `slots`. Tensors are int64 on the CPU.
 
     A policy may see only some of the slots: those that are never admitted are never victims.
 
@@ -24,19 +23,13 @@ class EvictionPolicy(ABC):
 
     bytes_per_slot: ClassVar[int]
 
-    def __init__(self, slots: int, device: torch.device) -> None:
+    def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.device = device
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that the policy keeps, on the device and on the host: `bytes_per_slot` for slots 0 to `slots`."""
-
-    @property
-    def device_nbytes(self) -> int:
-        """Those of them on the table's device."""
-        return self.nbytes
+        """Bytes that the policy keeps: `bytes_per_slot` for slots 0 to `slots`."""
 
     @abstractmethod
     def touch(self, slots: Tensor) -> None:

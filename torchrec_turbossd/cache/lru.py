@@ -23,9 +23,9 @@ class Lru(EvictionPolicy):
 
     bytes_per_slot: ClassVar[int] = 8
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        super().__init__(slots, device)
-        self._stamps = torch.full((slots + 1,), _UNKNOWN, dtype=torch.int64, device=device)
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self._stamps = torch.full((slots + 1,), _UNKNOWN, dtype=torch.int64, device="cpu")
         self._now = 0
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchrec_turbossd.cache.eviction import Evictable, EvictionPolicy
 from torchrec_turbossd.cache.ghost import Ghost
-from torchrec_turbossd.cache.reads import reads_on, to_host
+from torchrec_turbossd.cache.reads import Reads
 from torchrec_turbossd.cache.slot_queue import SlotQueue, Slots
 
 _MOST_READS = 3
@@ -28,17 +28,17 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 class S3Fifo(EvictionPolicy):
-    """Thirteen bytes a slot: reads (1) and, on the host, rings of one and a half places (6), place (4) and ghost (2).
+    """Thirteen bytes a slot: reads (1), rings of one and a half places (6), place (4) and ghost (2).
 
     While there are free slots the small queue may hold up to a quarter of them; what exceeds that goes to the main one.
     """
 
     bytes_per_slot: ClassVar[int] = 13
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        super().__init__(slots, device)
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
         every = slots + 1
-        self._reads = reads_on(device, slots, _MOST_READS)
+        self._reads = Reads(slots, _MOST_READS)
         self._places = np.zeros(every, dtype=np.uint32)
         self._main = SlotQueue(every, self._places)
         self._small = SlotQueue(every // 2, self._places, base=1 + every)
@@ -51,16 +51,11 @@ class S3Fifo(EvictionPolicy):
         parts = (self._reads, self._places, self._main, self._small, self._ghost)
         return sum(part.nbytes for part in parts)
 
-    @property
-    def device_nbytes(self) -> int:
-        # The queues are the host's, wherever the slots are.
-        return self.nbytes if self.device.type == "cpu" else self._reads.nbytes
-
     def touch(self, slots: Tensor) -> None:
-        self._reads.add(slots)
+        self._reads.add(slots.numpy())
 
     def admitted(self, slots: Tensor, ids: Tensor) -> None:
-        here, theirs = to_host(slots, ids)
+        here, theirs = slots.numpy(), ids.numpy()
         known = self._ghost.take(theirs)
         new = here[~known]
         over = self._small.size + new.size - self._most_small
@@ -72,33 +67,33 @@ class S3Fifo(EvictionPolicy):
         self._reads.clear(here)
 
     def evicted(self, slots: Tensor, ids: Tensor) -> None:
-        here, theirs = to_host(slots, ids)
+        here, theirs = slots.numpy(), ids.numpy()
         from_small = self._small.remove(here)
         self._main.remove(here[~from_small])
         self._ghost.add(theirs[from_small])
 
     def released(self, slots: Tensor) -> None:
-        (here,) = to_host(slots)
+        here = slots.numpy()
         self._small.remove(here)
         self._main.remove(here)
 
     def moved(self, old: Tensor, new: Tensor) -> None:
-        before, after = to_host(old, new)
+        before, after = old.numpy(), new.numpy()
         self._small.replace(before, after)
         self._main.replace(before, after)
-        self._reads.move(old, new)
+        self._reads.move(before, after)
 
     def heat(self) -> Tensor:
         """Rows of the small queue that nobody has read, then the main queue by its rounds left, oldest first."""
         entries = np.concatenate([queue.peek(0, queue.span) for queue in (self._small, self._main)])
         at = np.flatnonzero(entries)
         slots = entries[at]
-        reads = self._reads.all()[slots].astype(np.int64)
+        reads = self._reads.of(slots).astype(np.int64)
         # From the small queue a row that was read goes to the back of the main one, its reads forgotten.
         rounds = np.where(at < self._small.span, reads > 0, reads)
         heat = np.zeros(self.slots + 1, dtype=np.int64)
         heat[slots] = 1 + at + rounds * entries.size
-        return torch.from_numpy(heat).to(self.device)
+        return torch.from_numpy(heat)
 
     def victims(self, count: int, evictable: Evictable) -> Tensor:
         self._small.trim()
@@ -110,7 +105,7 @@ class S3Fifo(EvictionPolicy):
         # In front of their queues until they are evicted: they may yet be kept.
         self._small.push_front(np.concatenate(found[0::2]))
         self._main.push_front(np.concatenate(found[1::2]))
-        return torch.from_numpy(np.concatenate(found)).to(self.device)
+        return torch.from_numpy(np.concatenate(found))
 
     def _leave_small(self, want: int, evictable: Evictable, *, balanced: bool = False) -> Slots:
         """Take up to `want` unread slots out of the small queue; those read go to the main one.

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from torchrec_turbossd.cache.eviction import Evictable, EvictionPolicy
-from torchrec_turbossd.cache.reads import reads_on, to_host
+from torchrec_turbossd.cache.reads import Reads
 from torchrec_turbossd.cache.slot_queue import SlotQueue, Slots
 
 _SMALLEST_WINDOW = 256
 
 
 class Sieve(EvictionPolicy):
-    """Thirteen bytes a slot: a read mark (1) and, on the host, a ring of two places (8) and the slot's place (4)."""
+    """Thirteen bytes a slot: a read mark (1), a ring of two places (8) and the slot's place (4)."""
 
     bytes_per_slot: ClassVar[int] = 13
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        super().__init__(slots, device)
-        self._reads = reads_on(device, slots, 1)
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self._reads = Reads(slots, 1)
         self._places = np.zeros(slots + 1, dtype=np.uint32)
         self._queue = SlotQueue(2 * (slots + 1), self._places)
         # Entries of the queue that the hand has passed.
@@ -36,16 +36,11 @@ class Sieve(EvictionPolicy):
     def nbytes(self) -> int:
         return self._reads.nbytes + self._places.nbytes + self._queue.nbytes
 
-    @property
-    def device_nbytes(self) -> int:
-        # The queues are the host's, wherever the slots are.
-        return self.nbytes if self.device.type == "cpu" else self._reads.nbytes
-
     def touch(self, slots: Tensor) -> None:
-        self._reads.add(slots)
+        self._reads.add(slots.numpy())
 
     def admitted(self, slots: Tensor, ids: Tensor) -> None:
-        (here,) = to_host(slots)
+        here = slots.numpy()
         if self._queue.span + here.size > 2 * (self.slots + 1):
             self._hand = self._queue.compact(self._hand)
         self._queue.push(here)
@@ -55,13 +50,12 @@ class Sieve(EvictionPolicy):
         self.released(slots)
 
     def released(self, slots: Tensor) -> None:
-        (here,) = to_host(slots)
-        self._queue.remove(here)
+        self._queue.remove(slots.numpy())
 
     def moved(self, old: Tensor, new: Tensor) -> None:
-        before, after = to_host(old, new)
+        before, after = old.numpy(), new.numpy()
         self._queue.replace(before, after)
-        self._reads.move(old, new)
+        self._reads.move(before, after)
 
     def heat(self) -> Tensor:
         """Slots that the hand comes to later are hotter, those read hotter than all others."""
@@ -70,8 +64,8 @@ class Sieve(EvictionPolicy):
         slots = entries[at]
         ahead = (at - self._hand) % max(1, entries.size) + 1
         heat = np.zeros(self.slots + 1, dtype=np.int64)
-        heat[slots] = ahead + entries.size * (self._reads.all()[slots] > 0)
-        return torch.from_numpy(heat).to(self.device)
+        heat[slots] = ahead + entries.size * (self._reads.of(slots) > 0)
+        return torch.from_numpy(heat)
 
     def victims(self, count: int, evictable: Evictable) -> Tensor:
         found = self._queue.peek(0, 0)
@@ -87,7 +81,7 @@ class Sieve(EvictionPolicy):
             left_to_scan -= passed
             self._hand += passed
             window *= 2
-        return torch.from_numpy(found).to(self.device)
+        return torch.from_numpy(found)
 
     def _sweep(self, slots: Slots, found: Slots, want: int, evictable: Evictable) -> tuple[Slots, int]:
         """Up to `want` more than those found, of `slots`, in order; and how many entries the hand passed."""

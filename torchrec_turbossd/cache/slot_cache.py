@@ -15,10 +15,11 @@ from torch import Tensor
 
 from torchrec_turbossd.cache.free_slots import FreeSlots
 from torchrec_turbossd.cache.policies import DEFAULT_POLICY, POLICIES
-from torchrec_turbossd.cache.slot_map import SlotMap, SparseSlotMap
+from torchrec_turbossd.cache.slot_map import SlotMap
 from torchrec_turbossd.errors import CacheFullError, ConfigError
 
 FREE = -1
+_CPU = torch.device("cpu")
 _LEAST_KEPT_TOUCHES, _SLOTS_PER_KEPT_TOUCH = 1 << 16, 8
 
 
@@ -42,7 +43,7 @@ class SlotCache:
     """Slots of several tables. Ids are local to a table; `bases` turn them into slot map positions.
 
     A slot that holds a row or is free is this cache's own. Slots may also be taken out, to be given back later or to
-    another cache over the same memory. Not thread-safe: the owner holds a lock. Every tensor lives on `device`.
+    another cache over the same memory. Not thread-safe: the owner holds a lock. Every tensor is the CPU's.
 
     Args:
         rows: rows of each table.
@@ -50,33 +51,31 @@ class SlotCache:
         policy: an eviction policy by name.
     """
 
-    def __init__(
-        self, rows: Sequence[int], slots: Sequence[int], *, device: torch.device, policy: str = DEFAULT_POLICY
-    ) -> None:
+    def __init__(self, rows: Sequence[int], slots: Sequence[int], *, policy: str = DEFAULT_POLICY) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"no eviction policy {policy!r}; the policies are {', '.join(POLICIES)}")
         if len(rows) != len(slots) or any(n < 1 for n in (*rows, *slots)):
             raise ConfigError(f"each table needs rows >= 1 and slots >= 1, got rows {list(rows)}, slots {list(slots)}")
-        self.rows, self.slots, self.device, self.policy = list(rows), list(slots), device, policy
-        self.bases = torch.tensor([0, *rows], dtype=torch.int64).cumsum(0).to(device)
-        self.slot_bases = torch.tensor([0, *[n + 1 for n in slots]], dtype=torch.int64).cumsum(0).to(device)
+        self.rows, self.slots, self.device, self.policy = list(rows), list(slots), _CPU, policy
+        self.bases = torch.tensor([0, *rows], dtype=torch.int64, device=_CPU).cumsum(0)
+        self.slot_bases = torch.tensor([0, *[n + 1 for n in slots]], dtype=torch.int64, device=_CPU).cumsum(0)
         self.base_of: list[int] = self.bases.tolist()
         self.slot_base_of: list[int] = self.slot_bases.tolist()
         total = self.slot_base_of[-1]
-        self.map: SlotMap | SparseSlotMap = SlotMap(self.base_of[-1], device)
-        self._owners = torch.full((total,), FREE, dtype=torch.int64, device=device)
-        self._pins = torch.zeros(total, dtype=torch.int32, device=device)
-        self._dirty = torch.zeros(total, dtype=torch.bool, device=device)
-        self._policies = [POLICIES[policy](n, device) for n in slots]
-        self._free = [FreeSlots(1, n, device) for n in slots]
+        self.map = SlotMap(self.base_of[-1], _CPU)
+        self._owners = torch.full((total,), FREE, dtype=torch.int64, device=_CPU)
+        self._pins = torch.zeros(total, dtype=torch.int32, device=_CPU)
+        self._dirty = torch.zeros(total, dtype=torch.bool, device=_CPU)
+        self._policies = [POLICIES[policy](n) for n in slots]
+        self._free = [FreeSlots(1, n, _CPU) for n in slots]
         self._touches: list[deque[Tensor]] = [deque() for _ in slots]
         self._kept = [0] * len(slots)
 
     @property
     def nbytes(self) -> int:
-        """Bytes, where the slots are, of the slot map and of the bookkeeping beside each slot."""
+        """Bytes of the slot map and of the bookkeeping beside each slot."""
         own = self._owners.nbytes + self._pins.nbytes + self._dirty.nbytes
-        return self.map.nbytes + own + sum(policy.device_nbytes for policy in self._policies)
+        return self.map.nbytes + own + sum(policy.nbytes for policy in self._policies)
 
     def lookup(self, positions: Tensor) -> Tensor:
         """Slots of slot map `positions` [N] (local id + base): [N] int32, 0 for absent."""
@@ -84,8 +83,6 @@ class SlotCache:
 
     def find(self, table: int, ids: Tensor) -> Tensor | None:
         """Slots of local `ids` [N] int64: [N] int32, 0 for absent; None where one may be outside the table."""
-        if self.device.type != "cpu" or not isinstance(self.map, SlotMap):
-            return None
         try:
             return self.map.get_from(self.base_of[table], self.rows[table], ids)
         except IndexError:
@@ -222,34 +219,17 @@ class SlotCache:
         """An empty cache of the same tables over the same slots, which has none of them: for `give` and `replace`."""
         other = SlotCache.__new__(SlotCache)
         other.__dict__.update(self.__dict__)
-        # A second dense map costs nothing on the CPU until it is filled; on a GPU it would be allocated whole.
-        on_cpu = self.device.type == "cpu"
-        other.map = SlotMap(self.base_of[-1], self.device) if on_cpu else SparseSlotMap(self.device)
+        # A second dense map costs nothing until it is filled.
+        other.map = SlotMap(self.base_of[-1], _CPU)
         other._owners = torch.full_like(self._owners, FREE)
         other._pins, other._dirty = torch.zeros_like(self._pins), torch.zeros_like(self._dirty)
-        other._policies = [type(p)(p.slots, p.device) for p in self._policies]
-        other._free = [FreeSlots(n + 1, n, self.device) for n in self.slots]
+        other._policies = [type(p)(p.slots) for p in self._policies]
+        other._free = [FreeSlots(n + 1, n, _CPU) for n in self.slots]
         other._touches, other._kept = [deque() for _ in self.slots], [0] * len(self.slots)
         return other
 
     def replace(self, other: SlotCache) -> None:
-        """Take the place of a cache that this one was made `beside`; where there is one dense map, it changes hands."""
-        if isinstance(self.map, SlotMap) or isinstance(other.map, SparseSlotMap):
-            return
-        theirs = [self._placed(other, table) for table in range(len(self.slots))]
-        ours = [self._placed(self, table) for table in range(len(self.slots))]
-        dense, sparse = other.map, SparseSlotMap(self.device)
-        for ids, slots in theirs:
-            dense.clear(ids)
-            sparse.set(ids, slots)
-        for ids, slots in ours:
-            dense.set(ids, slots)
-        self.map, other.map = dense, sparse
-
-    @staticmethod
-    def _placed(cache: SlotCache, table: int) -> tuple[Tensor, Tensor]:
-        ids, slots = cache.resident(table)
-        return ids + cache.base_of[table], slots
+        """Take the place of a cache that this one was made `beside`; each has a map of its own, so nothing is done."""
 
     def hottest(self, table: int) -> tuple[Tensor, Tensor]:
         """(ids, slots) of the rows of a table that are in slots, the last to be evicted first."""
@@ -264,12 +244,12 @@ class SlotCache:
         slots = torch.cat([held, self._free[table].all()])
         first, last = self.slot_base_of[table], self.slot_base_of[table + 1]
         self._owners[first:last] = FREE
-        self._free[table] = FreeSlots(1, 0, self.device)
+        self._free[table] = FreeSlots(1, 0, _CPU)
         return slots
 
     def pin(self, at: Tensor, count: int) -> None:
         """Add `count` (negative: take away) to the pins of concatenated slots `at` [N] (slot + slot base)."""
-        self._pins.index_add_(0, at, torch.full(at.shape, count, dtype=torch.int32, device=self.device))
+        self._pins.index_add_(0, at, torch.full(at.shape, count, dtype=torch.int32, device=_CPU))
 
     def mark_dirty(self, at: Tensor) -> None:
         """The rows in concatenated slots `at` [N] differ from the store's."""
@@ -314,7 +294,7 @@ class SlotCache:
             seen += ids.numel()
             taken = held[:0] if away is None else away[table]
             every = torch.cat([held, self._free[table].all(), taken]).sort().values
-            wanted = torch.arange(1, slots + 1, device=self.device)
+            wanted = torch.arange(1, slots + 1, device=_CPU)
             pins, owners = self._pins[first:last], self._owners[first:last]
             _require(torch.equal(every, wanted), table, "each slot is held, free or taken out, exactly once")
             _require(torch.equal(self.slots_of(table, ids), held), table, "the slot map and the owners agree")

@@ -1,7 +1,7 @@
 """First-in first-out queues of slots that work on batches: a ring of slots, and each slot's place in it.
 
 A slot that leaves from the middle leaves a hole (0), which goes when it is in front, or when the ring has no room left
-and is written anew. The arrays are the host's, whatever the device: a few hundred entries are no work for it.
+and is written anew.
 """
 
 from __future__ import annotations

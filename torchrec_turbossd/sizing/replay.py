@@ -23,7 +23,6 @@ _LEAST_SLOTS, _MOST_SCALED_SLOTS = 16, 512
 _GROWTH = 2.0**0.5
 _BETWEEN = 4
 _STEPS_A_CACHE, _LONGEST_STEP, _MOST_STEPS = 16, 4096, 8192
-_CPU = torch.device("cpu")
 
 Floats = npt.NDArray[np.float64]
 
@@ -81,7 +80,7 @@ class _Trace:
 
     def hit_rate(self, slots: int, policy: str) -> float:
         """Of the second half, with so many slots."""
-        cache = SlotCache([self.rows], [slots], device=_CPU, policy=policy)
+        cache = SlotCache([self.rows], [slots], policy=policy)
         edges = self._steps(max(1, min(slots // _STEPS_A_CACHE, _LONGEST_STEP))).tolist()
         counted = edges[(len(edges) - 1) // 2]
         missed = 0

@@ -1,4 +1,4 @@
-"""Rows of tables on SSD brought into slots for a batch where the host keeps account of the slots."""
+"""Rows of tables on SSD brought into slots for a batch on the CPU, where the host keeps account of the slots."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ class CachedRows(TableRows):
         memory: SlotMemory,
         store: RowStore,
         *,
-        device: torch.device,
         policy: str = DEFAULT_POLICY,
         bounds: Bounds = Bounds.RAISE,
     ) -> None:
-        self.cache = SlotCache([s.rows for s in shards], slots, device=device, policy=policy)
+        self.cache = SlotCache([s.rows for s in shards], slots, policy=policy)
         super().__init__(shards, feature_table, memory, store, self.cache, bounds)
 
     def place(self, indices: Tensor, offsets: Tensor) -> Batch:
@@ -93,7 +92,7 @@ class CachedRows(TableRows):
         When it raises, some tables may have their rows already; the batch has to be `abandon`ed.
         """
         wanted = [each for each in arrival.chosen if each.ids.numel()]
-        asked = [(each.table, each.ids.cpu()) for each in wanted]
+        asked = [(each.table, each.ids) for each in wanted]
         for reservation, rows in zip(wanted, self._read_all(asked) if asked else [], strict=True):
             self._exchange(reservation, rows)
 

@@ -21,7 +21,7 @@ _TURN_S = 0.02
 
 
 class LookupRows(ServedRows):
-    """As `ServedRows`, as far as lookups need it, with an account of slots on the host."""
+    """As `ServedRows`, as far as lookups need it, with slots and their account on the CPU."""
 
     @contextmanager
     def slots_of(self, batch: Batch) -> Iterator[Tensor]:
@@ -45,7 +45,7 @@ class LookupRows(ServedRows):
             self.in_flight.end_lookup(epoch)
 
     def warm(self, table: int, ids: Tensor) -> None:
-        for part in ids.to(self.device).split(_WARM_ROWS):
+        for part in ids.split(_WARM_ROWS):
             with in_small_steps(), contextlib.suppress(CacheFullError):
                 with self.lock:
                     part = part[self.cache.slots_of(table, part) == 0][: self.cache.free(table)]
@@ -73,7 +73,7 @@ class LookupRows(ServedRows):
                     self._catch_up(reader)
                     found = self.cache.lookup(positions)
                     absent = self._by_table(torch.unique(positions[found == 0]))
-                    unread = reader.read.lacks([ids.cpu() for ids in absent])
+                    unread = reader.read.lacks(absent)
                     if sum(ids.numel() for ids in unread) == 0:
                         if not self._has_room(batch, found, [ids.numel() for ids in absent], reader):
                             continue
@@ -141,7 +141,7 @@ class LookupRows(ServedRows):
                 continue
             slots = self.cache.take(table, ids.numel())
             try:
-                self.memory.write(table, slots, read.rows(table, ids.cpu()))
+                self.memory.write(table, slots, read.rows(table, ids))
             except BaseException:
                 self.cache.give(table, slots)
                 raise

@@ -54,7 +54,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         slots: usable slots of each table, between 1 and its rows.
         feature_table_map: for each feature, its table; every table needs one.
         store: holds rows by `TableShard.key`; the caller closes it.
-        dram_slots: on a GPU, for each table, rows that pinned host memory holds beside the slots. None: only rows on
+        dram_slots: on a GPU, for each table, rows that host memory holds beside the slots. None: only rows on
             their way from the store.
     """
 
@@ -96,7 +96,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         memory = ServingMemory(self.tbe, self._row_bytes)
         rows, policy = [s.rows for s in shards], self.options.policy
         if self.device.type == "cpu" and dram_slots is None:
-            cache = SlotCache(rows, slots, device=self.device, policy=policy)
+            cache = SlotCache(rows, slots, policy=policy)
             return ServingRows(shards, self.feature_table_map, memory, store, cache, self.options.bounds)
         on_device = DeviceCache(
             rows,
@@ -175,7 +175,7 @@ class TurboSSDIntNBitTableBatchedEmbeddingBags(nn.Module):
         """
         if not isinstance(self.rows, DeviceServingRows):
             raise UnsupportedError(f"only batches on a GPU can be held, and slots are on {self.device}; look them up")
-        return HeldBatch(self.rows, self._lookup, indices, offsets)
+        return HeldBatch(self.rows, self._lookup, self._check_weights, indices, offsets)
 
     def _look_up_on_device(self, rows: DeviceServingRows, batch: UnplacedBatch, weights: Tensor | None) -> Tensor:
         def run(slots: Tensor, offsets: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ class ServingRows(LookupRows):
                 self.served.store.publish(committed)
                 self.in_flight.updated(batch)
                 for table, (ids, rows) in batch.items():
-                    ids = ids.to(self.device)
                     try:
                         self._flip(table, ids, rows, fresh.get(table))
                     except Exception:
@@ -49,7 +48,6 @@ class ServingRows(LookupRows):
     def _fill_fresh(self, batch: Mapping[int, Rows], fresh: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Put those of the new rows that are in slots into fresh ones: by table, their (ids, slots)."""
         for table, (ids, rows) in batch.items():
-            ids = ids.to(self.device)
             with self.lock:
                 old = self.cache.slots_of(table, ids)
                 here = old > 0
@@ -58,7 +56,7 @@ class ServingRows(LookupRows):
                     continue
                 slots = self._take_fresh(table, old[here])
             try:
-                self.memory.write(table, slots, rows[here.cpu()][: slots.numel()])
+                self.memory.write(table, slots, rows[here][: slots.numel()])
             except BaseException:
                 with self.lock:
                     self.served.give(table, slots)
@@ -86,12 +84,12 @@ class ServingRows(LookupRows):
             self.served.give(table, fresh[1][~still])
             self.served.give_later(table, self.cache.move(table, moved, slots))
             left = ~torch.isin(ids, moved)
-            ids, rows = ids[left], rows[left.cpu()]
+            ids, rows = ids[left], rows[left]
         slots = self.cache.slots_of(table, ids)
         here = slots > 0
         if self.in_flight.no_lookup:
             with contextlib.suppress(Exception):
-                self.memory.write(table, slots[here], rows[here.cpu()])
+                self.memory.write(table, slots[here], rows[here])
                 return
         self._leave(table, ids)
 

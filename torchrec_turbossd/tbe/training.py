@@ -44,7 +44,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         slots: usable slots of each table, between 1 and its rows.
         feature_table_map: for each feature, its table.
         store: holds rows by `TableShard.key`; the caller closes it.
-        dram_slots: on a GPU, for each table, rows that pinned host memory holds beside the slots. None: only rows on
+        dram_slots: on a GPU, for each table, rows that host memory holds beside the slots. None: only rows on
             their way to and from the store.
     """
 
@@ -83,7 +83,7 @@ class TurboSSDTableBatchedEmbeddingBags(nn.Module):
         settings: dict[str, Any] = {"policy": options.policy, "bounds": options.bounds}
         args = self.shards, slots, self._feature_table_map, memory, store
         if self.device.type == "cpu" and dram_slots is None:
-            return CachedRows(*args, device=self.device, **settings)
+            return CachedRows(*args, **settings)
         return DeviceRows(*args, dram_slots=dram_slots, **settings)
 
     def _stock(self, slots: Sequence[int]) -> SplitTableBatchedEmbeddingBagsCodegen:
