@@ -31,8 +31,8 @@ from torchrec_turbossd.sizing.memory import (
 from torchrec_turbossd.sizing.profile import Floats
 
 DRAM_SHARE = 0.75
-"""How much of a rank's DRAM the tier takes of what tables and row stores leave, where the user names no budget: pinned
-memory is never swapped out, and a rank has more to do with DRAM than tables know of."""
+"""How much of a rank's DRAM the tier takes of what tables and row stores leave, where the user names no budget: what it
+takes is never swapped out, and a rank has more to do with DRAM than tables know of."""
 
 ShardKey = tuple[int, int]
 """(position of the option in the plan, position of the shard in the option)."""

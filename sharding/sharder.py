@@ -31,7 +31,7 @@ class TurboSSDSharder:
         load_factor: share of a shard's rows that get slots when the plan says nothing.
         seed: of rows never written. policy: an eviction policy by name. read_threads: for each store;
             None: a rank's share of the machine's cores, 2 to 8.
-        dram_budget_gb: on a GPU, GiB of pinned memory of a rank for rows without a slot, of all tables whose
+        dram_budget_gb: on a GPU, GiB of host memory of a rank for rows without a slot, of all tables whose
             `KeyValueParams.l2_cache_size` says nothing, where they save most. The planner gives as much of it as there
             is DRAM; None: what it finds free. A plan that says nothing has it split in each module by itself, and
             none where this is None. Of no meaning on a CPU machine.

@@ -237,6 +237,7 @@ def test_batch_numbers_start_anew(device: str, kind: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("torchrec_turbossd.cache.entries.LAST_STAMP", 7)
     tables = Tables((device, kind), [12], [50], [0], [100])
     generator = torch.Generator().manual_seed(3)
+    tables.cache._now = 5
     held, _ = tables.bring(torch.arange(4), torch.arange(5), 4, mark=True)
     pin = tables.cache.pin(held)
     for _ in range(20):
@@ -246,6 +247,7 @@ def test_batch_numbers_start_anew(device: str, kind: str, monkeypatch: pytest.Mo
         tables.change(0, batch.slots.cpu(), ids)
         assert torch.equal(tables.cache.slots_of(0, torch.arange(4, device=device)).cpu(), held.slots.cpu())
     assert tables.cache._now < 30
+    assert held.stamp <= pin.stamp
     tables.cache.unpin(pin)
     tables.cache.check()
 
@@ -354,3 +356,46 @@ def test_held_rows_stay(device: str, kind: str, monkeypatch: pytest.MonkeyPatch)
     bring_others(16)
     assert not bool(slots(torch.arange(6)).any())
     tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+@pytest.mark.parametrize("ahead", [False, True], ids=["asked", "ahead"])
+def test_what_a_bad_batch_touched_is_counted(device: str, kind: str, ahead: bool) -> None:
+    """It marks slots as used before it is known to be bad; with a batch in flight they stay, as the next sees."""
+    tables = Tables((device, kind), [10], [100], [0], [100], ahead=ahead)
+
+    def bring(ids: list[int]) -> device_cache.Batch:
+        return tables.bring(torch.tensor(ids), torch.arange(len(ids) + 1), len(ids), mark=True)[0]
+
+    bring([50, 51, 52, 53])
+    bring(list(range(10)))
+    pin = tables.cache.pin(bring([0, 1]))
+    falling = torch.tensor([0, 9, *[8] * 7], device=device)
+    slots = torch.empty(8, dtype=torch.int64, device=device)
+    bad = tables.cache.remap(torch.arange(2, 10, device=device), falling, 8, slots, mark=True)
+    assert tables.cache.found().flags == 1
+    tables.cache.give_up(bad)
+    batch = bring([50, 51, 52, 53])
+    assert bool((batch.slots > 0).all())
+    tables.cache.unpin(pin)
+    tables.cache.check()
+
+
+@pytest.mark.parametrize(("device", "kind"), BOTH)
+def test_free_slots_are_used_first(device: str, kind: str) -> None:
+    """Also by batches that are brought ahead, which are given them before it is known how many they need."""
+    tables = Tables((device, kind), [20, 8], [100, 50], [0, 1], [100, 50], ahead=True)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        tables.bring(torch.tensor([1, 2, 3, 4]), torch.arange(5), 2, mark=False)
+    for table in (0, 1):
+        gone = tables.cache.remove(table, torch.tensor([1 if table == 0 else 3], device=device))
+        tables.cache.map.clear(torch.tensor([tables.cache.base_of[table] + (1 if table == 0 else 3)], device=device))
+        tables.cache.give(table, gone)
+    for _ in range(10):
+        ids = torch.cat([torch.randperm(100, generator=generator)[:4], torch.randperm(50, generator=generator)[:4]])
+        batch, _ = tables.bring(ids, torch.arange(9), 4, mark=True)
+        assert torch.equal(tables.row(0, batch.slots[:4].cpu()), tables.live[0][ids[:4]])
+        tables.change(0, batch.slots[:4].cpu(), ids[:4])
+        tables.cache.check()
+    assert tables.cache.free(0) == tables.cache.free(1) == 0

@@ -68,7 +68,7 @@ SHORT = [
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"),
         "cuda has no room.*hbm_budget_gb",
     ),
-    (RuntimeError("CUDA error: out of memory"), "pinned memory.*; lower dram_budget_gb"),
+    (RuntimeError("CUDA error: out of memory"), "the DRAM tier.*; lower dram_budget_gb"),
 ]
 
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import cast
 
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
-from torchrec_turbossd.errors import CacheFullError, ClosedError, InputError, RowIndexError, UnsupportedError
+from torchrec_turbossd.cache.current_stream import CurrentStream
+from torchrec_turbossd.errors import (
+    CacheFullError,
+    ClosedError,
+    InputError,
+    RowIndexError,
+    StoreError,
+    UnsupportedError,
+)
 from torchrec_turbossd.store.contract import Rows
 from torchrec_turbossd.tables import TableShard, TableSpec
 from torchrec_turbossd.tbe.serving import ServingOptions, TurboSSDIntNBitTableBatchedEmbeddingBags
+from torchrec_turbossd.tbe.serving_order import ServingOrder
 from torchrec_turbossd.tbe.successor import Successor
 
 ROWS, SLOTS = 400, 60
@@ -211,3 +221,86 @@ def test_another_version_while_a_batch_is_held(served: Served) -> None:
     held.release()
     assert rows.served.capacity == [SLOTS] and served.give(list(range(SLOTS))) == [1000 + i for i in range(SLOTS)]
     rows.cache.check()
+
+
+def test_a_row_that_cannot_be_updated_while_it_is_held(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch says so, rather than show the old row, or another one."""
+
+    def fail(*args: object) -> None:
+        raise MemoryError("planted")
+
+    held = served.tbe.hold(*served.args([3, 4]))
+    with monkeypatch.context() as patch:
+        patch.setattr(served.tbe.rows.memory, "write", fail)
+        served.set(torch.tensor([3]), 0.5)
+    assert served.give([3]) == [3.5]
+    with pytest.raises(StoreError, match="bring"):
+        held.lookup()
+    held.bring(*served.args([3, 4]))
+    assert held.lookup()[:, 0].tolist() == [3.5, 4]
+    held.release()
+    served.tbe.rows.cache.check()
+
+
+def test_buffers_outlive_inference_mode(served: Served) -> None:
+    with torch.inference_mode():
+        assert served.give([1, 2]) == [1, 2]
+        held = served.tbe.hold(*served.args([1, 2]))
+    assert served.give([3, 300]) == [3, 300]
+    held.bring(*served.args([5, 6]))
+    assert held.lookup()[:, 0].tolist() == [5, 6]
+    held.bring(*_padded(served, [], 2))
+    assert held.lookup()[:, 0].tolist() == [0, 0]
+
+
+def test_weights_of_a_held_batch_are_checked(served: Served) -> None:
+    held = served.tbe.hold(*served.args([1, 2]))
+    weights = torch.tensor([2.0, 0.5], dtype=torch.float64, device=served.device)
+    assert held.lookup(weights)[:, 0].tolist() == [2, 1]
+    with pytest.raises(InputError, match="per_sample_weights"):
+        held.lookup(weights[:1])
+
+
+def test_a_held_batch_that_is_dropped_gives_its_slots_back(served: Served) -> None:
+    for first in range(0, 390, 5):
+        served.tbe.hold(*served.args(list(range(first, first + 5))))
+    assert served.give(list(range(SLOTS))) == list(range(SLOTS))
+    served.tbe.rows.cache.check()
+    assert served.reads()[0] > 0
+
+
+def test_a_prefetch_after_a_lookup_that_failed_waits_for_all() -> None:
+    """What was launched after such a lookup is account, which a prefetch must not overlap."""
+    order = ServingOrder(torch.device("cpu"))
+    stream, other = (cast(torch.cuda.Stream, FakeStream()) for _ in range(2))
+    current = [stream]
+    order._current = cast(CurrentStream, lambda: current[0])
+    order._marks = [cast(torch.cuda.Event, FakeEvent()) for _ in range(3)]
+    order.follow()
+    order.accounted()
+    assert order.looked_up()
+    current[0] = other
+    assert order.beside()
+    order.unmark()
+    assert not order.beside()
+    assert other.waited == ["event", "event", stream]  # type: ignore[attr-defined]
+
+
+class FakeEvent:
+    """As much of an event as an order uses."""
+
+    def record(self, stream: object) -> None:
+        """Nothing is waited for here."""
+
+
+class FakeStream:
+    """A stream that notes what it is told to wait for."""
+
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append("event")
+
+    def wait_stream(self, stream: object) -> None:
+        self.waited.append(stream)

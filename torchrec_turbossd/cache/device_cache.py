@@ -17,11 +17,11 @@ from torch import Tensor
 
 from torchrec_turbossd.cache import entries
 from torchrec_turbossd.cache.current_stream import CurrentStream
+from torchrec_turbossd.cache.device_holds import HeldSlots
 from torchrec_turbossd.cache.device_ops import DeviceOps
 from torchrec_turbossd.cache.device_reference import TorchOps
 from torchrec_turbossd.cache.device_slots import Pin
 from torchrec_turbossd.cache.device_state import Batch, DeviceState
-from torchrec_turbossd.cache.device_tiers import TieredSlots
 from torchrec_turbossd.cache.dram_tier import LEAST_DRAM_ROWS, DramTier
 from torchrec_turbossd.cache.policies import DEFAULT_POLICY
 from torchrec_turbossd.cache.slot_map import SlotMap
@@ -29,6 +29,8 @@ from torchrec_turbossd.errors import CacheFullError, ConfigError
 
 Ints = NDArray[np.int64]
 _MOST_RECENT = 32
+_MOST_GIVEN = 65536
+"""Free slots of a table that one batch is given before it is known how many it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Found:
     absent: Ints
 
 
-class DeviceCache(TieredSlots):
+class DeviceCache(HeldSlots):
     """Slots and DRAM tier of several tables. Not thread-safe: the owner holds a lock, and orders streams.
 
     Args:
@@ -92,14 +94,16 @@ class DeviceCache(TieredSlots):
         self.policy = policy
         self._feature_table = np.asarray(feature_table, dtype=np.int64)
         self._one_each = list(feature_table) == list(range(len(rows)))
-        self._no_slots = [torch.empty(0, dtype=torch.int64, device=device) for _ in rows]
+        self._given: list[Tensor] = []
+        self._given_versions: list[int] = []
+        self._given_ahead = False
+        """A batch was given them that has not told of its needs."""
         self._none = np.zeros(len(rows), dtype=np.int64)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._chosen = torch.cuda.Event() if device.type == "cuda" else None
         self._current = CurrentStream(device.index or 0) if device.type == "cuda" else None
         self._recent: list[tuple[int, Ints]] = []
         """Lookups by table of the batches since the oldest in flight."""
-        self._held: list[tuple[Batch, Ints]] = []
         self._ends, self._lookups = b"", self._none
 
     def remap(
@@ -150,6 +154,7 @@ class DeviceCache(TieredSlots):
         words.copy_((stamps << entries.STAMP_SHIFT) | (words & (entries.READS | entries.DIRTY)))
         for pin in self._active:
             pin.stamp -= shift
+            pin.batch.stamp = max(1, pin.batch.stamp - shift)
         self._recent = [(stamp - shift, lookups) for stamp, lookups in self._recent]
         self._now -= shift
 
@@ -157,6 +162,7 @@ class DeviceCache(TieredSlots):
         """Wait for what `remap` or `again` launched last, and for nothing that came after."""
         if self._event is not None:
             self._event.synchronize()
+        self._take_given()
         features, report = self._feature_table.size, self.ops.report
         if (ends := report[1 + 2 * features :].tobytes()) != self._ends:
             per_feature = report[1 + 2 * features :].copy()
@@ -198,8 +204,7 @@ class DeviceCache(TieredSlots):
         """Surely all rows of a batch can be in slots beside those of batches in flight, by what the host knows."""
         oldest = min(self.oldest, batch.stamp)
         need = found.in_dram + found.absent
-        used = sum((lookups for stamp, lookups in self._recent if stamp >= oldest), need)
-        used = sum((lookups for _, lookups in self._held), used)
+        used = sum((lookups for stamp, lookups in self._recent if stamp >= oldest), need + self.held_lookups)
         return bool((used <= np.asarray(self.own)).all())
 
     def _check_room(self, batch: Batch, found: Found) -> None:
@@ -230,18 +235,29 @@ class DeviceCache(TieredSlots):
         counts = [used[first + 1 : last].sum() for first, last in itertools.pairwise(bases)]
         return torch.stack(counts).cpu().numpy()
 
-    def bring_ahead(self, batch: Batch) -> bool:
-        """Launch what brings in the rows that the DRAM tier has before `found` tells of them; False where it must.
+    def bring_ahead(self, batch: Batch) -> None:
+        """Launch what brings in the rows that the DRAM tier has before `found` tells of them.
 
         Rows of batches in flight stay, whatever comes.
         """
-        batch.ahead = not any(self._free)
-        if batch.ahead:
-            self.ops.choose(batch, self._no_slots, min(self.oldest, batch.stamp))
-            self._record(self._chosen)
-            self.ops.exchange(batch)
-            self.ops.refill(batch)
-        return batch.ahead
+        versions = [free.version for free in self._free]
+        if versions != self._given_versions:
+            # The same list as long as the same slots are free: it is looked at by what it is.
+            self._given, self._given_versions = [free.peek(_MOST_GIVEN) for free in self._free], versions
+        self.ops.choose(batch, self._given, min(self.oldest, batch.stamp))
+        batch.ahead = self._given_ahead = True
+        self._record(self._chosen)
+        self.ops.exchange(batch)
+        self.ops.refill(batch)
+
+    def _take_given(self) -> None:
+        """Free slots that a batch which was brought ahead has been given are free no more, as far as it needed them."""
+        if self._given_ahead and not int(self.ops.report[0]) & entries.BAD_OFFSETS:
+            features = self._feature_table.size
+            for table, needed in enumerate(self._by_table(self.ops.report[1 : 1 + features]).tolist()):
+                if needed and self._free[table]:
+                    self._free[table].take(min(needed, self._given[table].numel()))
+        self._given_ahead = False
 
     def bring(self, batch: Batch, found: Found) -> list[tuple[int, Tensor]]:
         """Bring the rows that the DRAM tier has into slots, and set those of `batch.slots` that were 0.
@@ -300,6 +316,9 @@ class DeviceCache(TieredSlots):
         """End a batch whose rows were not all brought in."""
         if self._event is not None:
             self._event.synchronize()
+        self._take_given()
+        # It has marked slots as used, which nobody has counted; the next batch is to look at them.
+        self._note(np.asarray(self.own))
         if int(self.ops.report[0]) & entries.BAD_OFFSETS:
             # Features overlap, and so do their lists.
             self.state.slot_map.bitwise_and_(~entries.CLAIMED)
@@ -317,28 +336,15 @@ class DeviceCache(TieredSlots):
         self._active.remove(pin)
 
     def hold(self, batch: Batch) -> None:
-        """Keep the rows of a batch that `found` has just told of, or that `bring` has, in their slots until `let_go`.
-
-        Unlike `pin` it keeps no others there.
-        """
-        self._held.append((batch, self._lookups))
-        self.ops.restamp(batch, entries.HELD)
-
-    def let_go(self, batch: Batch) -> None:
-        """The rows of a batch that is held may leave."""
-        self._held = [(each, lookups) for each, lookups in self._held if each is not batch]
-        self.ops.restamp(batch, self._now)
-        self._hold_all()
-
-    def _hold_all(self) -> None:
-        """Rows of batches that are held may be others' too, which were given other numbers."""
-        for batch, _ in self._held:
-            self.ops.restamp(batch, entries.HELD)
+        """Hold a batch that `found` has just told of, and of which all rows are in slots."""
+        self.hold_rows(batch, self._lookups)
 
     def beside(self) -> DeviceCache:
         """As `TieredSlots.beside`."""
         other = super().beside()
-        other._recent, other._held = [], []
+        other._hold_none()
+        other._recent = []
+        other._given, other._given_versions, other._given_ahead = [], [], False
         return other
 
 

@@ -130,6 +130,7 @@ class Batch:
         mark: the batch will change its rows. touch: its slots count as used, which nobody asks where none is emptied.
         stamp: the batch's number.
         ahead: what brings its rows in was launched before it was known which they are.
+        spoilt: it is held, and a row that it may have has left its slot.
     """
 
     ids: Tensor
@@ -141,6 +142,7 @@ class Batch:
     mark: bool
     touch: bool
     ahead: bool = False
+    spoilt: bool = False
 
 
 __all__ = ["Batch", "DeviceState", "small_places"]

@@ -130,7 +130,9 @@ class TieredSlots(DeviceSlots):
             if self.tier.copies(table):
                 slots = self.slots_of(table, ids[~there].to(self.device))
                 copied = bool((slots > 0).all()) and not bool(self.is_dirty(table, slots).any())
-                places = places[there] if copied and torch.equal(ids, places) else places[:0]
+                if not copied or not torch.equal(ids, places):
+                    raise RuntimeError(f"cache invariant broken in table {table}: copies are where rows belong")
+                places = places[there]
             if not torch.equal(at, places):
                 raise RuntimeError(f"cache invariant broken in table {table}: the slot map and the DRAM tier agree")
         if isinstance(self.map, SlotMap) and int((self.state.slot_map < 0).sum()) != count:

@@ -35,6 +35,8 @@ class TritonOps(DeviceOps):
         self._current = None if self._index is None else CurrentStream(self._index)
         self._parts = max(len(each) for each in state.parts)
         self._most = 0
+        self._last_given: Given | None = None
+        self._slots, self._first = self._no_slots, self._none_given
         self._reserve(1)
 
     def _reserve(self, lookups: int) -> None:
@@ -83,7 +85,7 @@ class TritonOps(DeviceOps):
             with torch.cuda.device(self._index):
                 self._launch(kernel, grid, args, **constants)
             return
-        key = (kernel.__name__, *[each.dtype for each in args if type(each) is Tensor], *constants.values())
+        key = (kernel.__name__, *[each.dtype for each in args if isinstance(each, Tensor)], *constants.values())
         compiled, values = self._compiled.get(key, (None, ()))
         if compiled is None or self._current is None:
             # None where it is interpreted.
@@ -116,9 +118,11 @@ class TritonOps(DeviceOps):
 
     def choose(self, batch: Batch, given: Given, oldest: int) -> None:
         state = self.state
-        slots, first = self._no_slots, self._none_given
-        if any(each.numel() for each in given):
-            slots, first = torch.cat(list(given)), _starts(given, state.device)
+        if given is not self._last_given:
+            self._last_given, self._slots, self._first = given, self._no_slots, self._none_given
+            if any(each.numel() for each in given):
+                self._slots, self._first = torch.cat(list(given)), _starts(given, state.device)
+        slots, first = self._slots, self._first
         self._launch(
             kernels_rows.choose,
             (len(state.rows), 1),

@@ -19,6 +19,8 @@ class FreeSlots:
         self._first, self._last, self._device = first, last, device
         self._given: deque[Tensor] = deque()
         self._given_count = 0
+        self.version = 0
+        """Another number whenever other slots may be free."""
 
     def __len__(self) -> int:
         return self._given_count + self._last - self._first + 1
@@ -42,6 +44,7 @@ class FreeSlots:
     def take(self, count: int) -> Tensor:
         """The same, free no more."""
         taken = self.peek(count)
+        self.version += 1
         left = taken.numel()
         while left and self._given:
             part = self._given.popleft()
@@ -56,6 +59,7 @@ class FreeSlots:
     def give(self, slots: Tensor) -> None:
         """These distinct slots [N] int64 are free."""
         if slots.numel():
+            self.version += 1
             self._given.append(slots)
             self._given_count += slots.numel()
 

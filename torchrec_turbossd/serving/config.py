@@ -43,7 +43,7 @@ class ServingConfig:
         output_dtype: FP32, FP16 or BF16.
         device: where the slots are; None: the current CUDA device where there is one, else the CPU.
         dram_budget_gb: GiB of DRAM that hold more rows, beyond the target hit rate, where they save the most misses. On
-            a GPU it is pinned memory between slots and SSD, for rows without a slot; 4096 rows of each table (or all)
+            a GPU it is host memory between slots and SSD, for rows without a slot; 4096 rows of each table (or all)
             are there in any case, on top where this is 0, else within it. On a CPU machine it is more slots.
         access: what is really asked for, by table; others are taken as Zipf 1.05 (`DEFAULT_ZIPF_ALPHA`).
         default_row: the value of rows never written, a number for every element or an `InitRule`, for all tables or by

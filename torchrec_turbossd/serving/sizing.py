@@ -130,7 +130,7 @@ def plan_dram_slots(tables: Sequence[TableSpec], slots: Sequence[int], config: S
     if least > budget:
         raise BudgetError(
             f"dram_budget_gb={config.dram_budget_gb} are {budget:,} bytes; the {len(items)} tables take at least "
-            f"{least:,} bytes of pinned memory; raise it to {least / GIB:.4f} or more, or pass 0 for just those"
+            f"{least:,} bytes of host memory; raise it to {least / GIB:.4f} or more, or pass 0 for just those"
         )
     split = split_budget(items, budget)
     left = budget - sum(items[name].bytes_for(count) for name, count in split.items())

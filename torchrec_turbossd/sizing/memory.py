@@ -60,7 +60,7 @@ class StoreSettings(Protocol):
 
 
 def has_dram_tier(compute_device: str) -> bool:
-    """Whether pinned host memory holds rows between slots and store, on this type of device."""
+    """Whether host memory holds rows between slots and store, on this type of device."""
     return compute_device == "cuda"
 
 

@@ -20,7 +20,7 @@ def named_budgets(device: torch.device, fast: str, host: str) -> Iterator[None]:
     Args:
         device: where slots are.
         fast: what to change where they did not fit, after "; ".
-        host: the same where pinned host memory did not: the DRAM tier of a GPU.
+        host: the same where host memory did not: the DRAM tier of a GPU.
     """
     try:
         yield
@@ -29,7 +29,7 @@ def named_budgets(device: torch.device, fast: str, host: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _SAID.search(str(error)):
             raise
-        what, advice = ("the slots", fast) if device.type == "cpu" else ("the DRAM tier, in pinned memory", host)
+        what, advice = ("the slots", fast) if device.type == "cpu" else ("the DRAM tier", host)
         raise BudgetError(f"the host has no room for {what}: {_first_line(error)}; {advice}") from error
 
 

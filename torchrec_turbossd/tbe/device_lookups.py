@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,7 +21,7 @@ from torchrec_turbossd.cache.device_state import Batch as Work
 from torchrec_turbossd.errors import CacheFullError
 from torchrec_turbossd.tables import TableShard
 from torchrec_turbossd.tbe.layout import Bounds, UnplacedBatch
-from torchrec_turbossd.tbe.served import UpdatableStore
+from torchrec_turbossd.tbe.served import Served, UpdatableStore
 from torchrec_turbossd.tbe.served_rows import Reader, ServedRows
 from torchrec_turbossd.tbe.serving_order import ServingOrder
 from torchrec_turbossd.tbe.slot_memory import SlotMemory
@@ -56,6 +57,7 @@ class DeviceLookupRows(ServedRows):
         self._hits = dict.fromkeys(Use, False)
         """The last batch of its kind found all of its rows in slots, and so may the next."""
         self.looked_up: Work | None = None
+        self._dropped: deque[Hold] = deque()
         self._kept = torch.empty(0, device=self.device), torch.empty(0, device=self.device)
         # Slots were just made, on the stream of whoever made them.
         self.order.follow()
@@ -69,6 +71,7 @@ class DeviceLookupRows(ServedRows):
     def on_stream(self) -> Iterator[None]:
         """The caller holds the lock."""
         self.order.follow()
+        self._release_dropped()
         yield
 
     def place(self, indices: Tensor, offsets: Tensor) -> UnplacedBatch:
@@ -109,8 +112,8 @@ class DeviceLookupRows(ServedRows):
         with contextlib.suppress(CacheFullError):
             self._serve(batch, lambda: into, Use.AHEAD, lambda work: None)
 
-    def hold(self, batch: UnplacedBatch, into: Buffers) -> Callable[[], None]:
-        """Bring the rows of a batch into slots, where they stay until what this returns is called, once.
+    def hold(self, batch: UnplacedBatch, into: Buffers) -> Hold:
+        """Bring the rows of a batch into slots, where they stay until they are released.
 
         Args:
             into: is written.
@@ -120,18 +123,24 @@ class DeviceLookupRows(ServedRows):
             CacheFullError: there are too few slots.
         """
 
-        def held(work: Work) -> Callable[[], None]:
-            served, cache = self.served, self.cache
-            cache.hold(work)
-
-            def release() -> None:
-                with self.alone_on_stream():
-                    cache.let_go(work)
-                    served.pass_on()
-
-            return release
+        def held(work: Work) -> Hold:
+            self.cache.hold(work)
+            return Hold(self.served, self.cache, work)
 
         return self._serve(batch, lambda: into, Use.HOLD, held)
+
+    def release(self, hold: Hold) -> None:
+        """The rows of a batch that was held may leave, after all that was launched."""
+        with self.alone_on_stream():
+            hold.let_go()
+
+    def release_later(self, hold: Hold) -> None:
+        """The same with the next batch: takes no lock, so that it may be called from anywhere."""
+        self._dropped.append(hold)
+
+    def _release_dropped(self) -> None:
+        while self._dropped:
+            self._dropped.popleft().let_go()
 
     def _workspace(self, batch: UnplacedBatch, slot_type: torch.dtype) -> Buffers:
         """Buffers of lookups, which come one after the other: the last one's, where they are as large."""
@@ -144,8 +153,10 @@ class DeviceLookupRows(ServedRows):
         return self._kept
 
     def _buffers(self, batch: UnplacedBatch, slot_type: torch.dtype) -> Buffers:
-        slots = torch.empty(batch.indices.numel(), dtype=slot_type, device=self.device)
-        return slots, torch.empty(batch.offsets.numel(), dtype=slot_type, device=self.device)
+        # They outlive a caller's inference mode.
+        with torch.inference_mode(False):
+            slots = torch.empty(batch.indices.numel(), dtype=slot_type, device=self.device)
+            return slots, torch.empty(batch.offsets.numel(), dtype=slot_type, device=self.device)
 
     def _launch(self, work: Work, run: Run) -> Tensor:
         self.order.accounted()
@@ -158,13 +169,17 @@ class DeviceLookupRows(ServedRows):
         with _Moment(self, use):
             work = self._remap(batch, into())
             try:
-                launched = self._hits[use] or self.cache.bring_ahead(work)
-                early = then(work) if launched and use is Use.LOOKUP else None
+                if not self._hits[use]:
+                    self.cache.bring_ahead(work)
+                early = then(work) if use is Use.LOOKUP else None
                 found = self.cache.found()
                 self._hits[use] = found.all_here
                 wanted = [] if found.all_here else self._bring_from_dram(batch, work, found)
+                if not (found.all_here or work.ahead):
+                    # What was launched since the lookup is account again.
+                    self.order.unmark()
             except BaseException:
-                self.cache.give_up(work)
+                self._give_up(work)
                 raise
             if not wanted:
                 self._count(batch, found, use)
@@ -180,6 +195,10 @@ class DeviceLookupRows(ServedRows):
                     self._turn.release()
         finally:
             self._end_reading(reader)
+
+    def _give_up(self, work: Work) -> None:
+        self.order.unmark()
+        self.cache.give_up(work)
 
     def _remap(self, batch: UnplacedBatch, into: Buffers) -> Work:
         slots, safe = into
@@ -217,7 +236,7 @@ class DeviceLookupRows(ServedRows):
                 try:
                     wanted = self._bring_all(batch, work, reader)
                 except BaseException:
-                    self.cache.give_up(work)
+                    self._give_up(work)
                     raise
                 if not wanted:
                     self._count(batch, found, use)
@@ -241,6 +260,23 @@ class DeviceLookupRows(ServedRows):
         return [by_table.get(t, torch.empty(0, dtype=torch.int64)) for t in range(len(self.shards))]
 
 
+class Hold:
+    """Rows of a batch that stay in their slots: those of one version. Whoever has it holds the rows' lock."""
+
+    def __init__(self, served: Served, cache: DeviceCache, work: Work) -> None:
+        self._served, self._cache, self._work = served, cache, work
+
+    @property
+    def spoilt(self) -> bool:
+        """A row that the batch may have could not be kept up to date."""
+        return self._work.spoilt
+
+    def let_go(self) -> None:
+        """The rows may leave."""
+        self._cache.let_go(self._work)
+        self._served.pass_on()
+
+
 class _Moment:
     """Where a batch may be launched; a context manager without the cost of a generator."""
 
@@ -256,6 +292,7 @@ class _Moment:
         try:
             if self._use is not Use.AHEAD:
                 rows.order.follow()
+                rows._release_dropped()
                 return
             self._beside = rows.order.beside()
             if self._beside and rows.looked_up is not None:
@@ -279,4 +316,4 @@ def _nothing_to_write(table: int, ids: Tensor, rows: Tensor) -> None:
     """Rows that are served are never newer than the store's."""
 
 
-__all__ = ["DeviceLookupRows"]
+__all__ = ["DeviceLookupRows", "Hold"]

@@ -191,7 +191,7 @@ class DeviceRows(TableRows):
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of pinned host memory."""
+        """Bytes of host memory that the DRAM tier takes."""
         return self.cache.tier.nbytes
 
 

@@ -117,7 +117,7 @@ class DeviceServingRows(DeviceLookupRows):
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of pinned host memory."""
+        """Bytes of host memory that the DRAM tier takes."""
         return int(self.cache.tier.nbytes)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchrec_turbossd.errors import ClosedError, InputError
-from torchrec_turbossd.tbe.device_lookups import DeviceLookupRows
+from torchrec_turbossd.errors import ClosedError, InputError, StoreError
+from torchrec_turbossd.tbe.device_lookups import DeviceLookupRows, Hold
 from torchrec_turbossd.tbe.stock_lookup import StockLookup
 
 T = TypeVar("T")
+CheckWeights = Callable[[Tensor | None, Tensor], Tensor | None]
 
 
 class HeldBatch:
@@ -22,12 +24,19 @@ class HeldBatch:
     in the next `run` or `lookup`, another snapshot in the next `bring`.
     """
 
-    def __init__(self, rows: DeviceLookupRows, look: StockLookup, indices: Tensor, offsets: Tensor) -> None:
-        self._rows, self._look = rows, look
+    def __init__(
+        self, rows: DeviceLookupRows, look: StockLookup, check: CheckWeights, indices: Tensor, offsets: Tensor
+    ) -> None:
+        self._rows, self._look, self._check_weights = rows, look, check
+        rows.layout.check_form(indices, offsets)
         id_type = torch.int32 if rows.device.type == "cuda" else torch.int64
-        self._slots = torch.zeros(indices.shape, dtype=id_type, device=rows.device)
-        self._offsets = torch.zeros(offsets.shape, dtype=id_type, device=rows.device)
-        self._release: Callable[[], None] | None = None
+        # They outlive a caller's inference mode.
+        with torch.inference_mode(False):
+            self._slots = torch.zeros(indices.shape, dtype=id_type, device=rows.device)
+            self._offsets = torch.zeros(offsets.shape, dtype=id_type, device=rows.device)
+        self._brought = False
+        self._hold: Hold | None = None
+        self._dropped: weakref.finalize[Any, Any] | None = None
         self.bring(indices, offsets)
 
     def bring(self, indices: Tensor, offsets: Tensor) -> None:
@@ -48,48 +57,63 @@ class HeldBatch:
                 f"was made with, got {offsets.numel()} and {indices.numel()}; hold another batch"
             )
         if batch.lookups_and_bags:
-            self._release = self._rows.hold(batch, (self._slots[: indices.numel()], self._offsets))
-            return
-        batch.place()
-        self._offsets.zero_()
-        self._release = _nothing
+            self._hold = self._rows.hold(batch, (self._slots[: indices.numel()], self._offsets))
+            # A batch that is dropped must not keep its slots for ever.
+            self._dropped = weakref.finalize(self, self._rows.release_later, self._hold)
+            self._dropped.atexit = False
+        else:
+            batch.place()
+            with self._rows.alone_on_stream():
+                self._offsets.zero_()
+        self._brought = True
 
     def lookup(self, per_sample_weights: Tensor | None = None) -> Tensor:
         """Look the batch up: a launch, which may be captured.
 
         Args:
-            per_sample_weights: float32, as many as the first batch had indices.
+            per_sample_weights: floating, as many as the first batch had indices. A graph that is captured reads
+                float32 weights where they are, others where a copy is made.
+
+        Raises:
+            InputError: weights that do not fit.
+            ClosedError: no batch is held. StoreError: one of its rows could not be updated.
         """
-        self._check()
+        weights = self._check_weights(per_sample_weights, self._slots)
         if self._slots.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return self._look(self._slots, self._offsets, per_sample_weights)
-        return self.run(lambda: self._look(self._slots, self._offsets, per_sample_weights))
+            self._check()
+            return self._look(self._slots, self._offsets, weights)
+        return self.run(lambda: self._look(self._slots, self._offsets, weights))
 
     def run(self, work: Callable[[], T]) -> T:
-        """What `work` gives, a captured graph's `replay` for one: launched in order with updates and other lookups."""
-        self._check()
+        """What `work` gives, a captured graph's `replay` for one: launched in order with updates and other lookups.
+
+        Raises `ClosedError` and `StoreError` as `lookup`.
+        """
         with self._rows.alone_on_stream():
+            self._check()
             return work()
 
     def release(self) -> None:
         """Let the rows go."""
-        if self._release is not None:
-            release, self._release = self._release, None
-            release()
+        self._brought = False
+        if self._hold is not None and self._dropped is not None:
+            self._dropped.detach()
+            hold, self._hold = self._hold, None
+            self._rows.release(hold)
 
     def _check(self) -> None:
-        if self._release is None:
+        if not self._brought:
             raise ClosedError("no batch is held; call bring with one, or hold another")
+        if self._hold is not None and self._hold.spoilt:
+            raise StoreError(
+                "a row of the batches held could not be updated in its slot; call bring with the batch again"
+            )
 
     def __enter__(self) -> HeldBatch:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.release()
-
-
-def _nothing() -> None:
-    """A batch without lookups holds no rows."""
 
 
 __all__ = ["HeldBatch"]

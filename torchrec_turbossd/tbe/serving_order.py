@@ -70,6 +70,10 @@ class ServingOrder:
             self._marked = True
         return self._marked
 
+    def unmark(self) -> None:
+        """Something else than a lookup was launched last, or will be."""
+        self._marked = False
+
     def beside(self) -> bool:
         """What this thread launches next is a prefetch; False where it comes after all that was launched instead."""
         if self._current is None:

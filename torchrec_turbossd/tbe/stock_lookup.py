@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ class StockLookup:
 
     def __init__(self, tbe: IntNBitTableBatchedEmbeddingBagsCodegen) -> None:
         self._tbe = tbe
-        self._op: Any = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default
-        self._names = [each.name for each in self._op._schema.arguments]
-        self._varying = [self._names.index(name) for name in ("indices", "offsets", "indice_weights")]
-        self._args = self._gathered()
+        self._args: list[Any] | None = None
+        with contextlib.suppress(AttributeError, ValueError):
+            self._op: Any = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default
+            names = [each.name for each in self._op._schema.arguments]
+            self._varying = [names.index(name) for name in ("indices", "offsets", "indice_weights")]
+            self._args = self._gathered(names)
 
-    def _gathered(self) -> list[Any] | None:
+    def _gathered(self, names: list[str]) -> list[Any]:
         tbe = self._tbe
         special = {
             "dev_weights": tbe.weights_host if tbe.host_size > 0 else tbe.weights_dev,
@@ -34,10 +37,7 @@ class StockLookup:
             # There is no cache.
             "lxu_cache_locations": torch.empty(0, dtype=torch.int32, device=tbe.weights_tys.device),
         }
-        try:
-            return [special[n] if n in special else getattr(tbe, n) for n in self._names]
-        except AttributeError:
-            return None
+        return [special[n] if n in special else getattr(tbe, n) for n in names]
 
     def __call__(self, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """As the TBE's `forward`; `slots` and `offsets` of the index type of its device, contiguous."""
