@@ -2,126 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-from torchrec_turbossd.cache import device_cache
-from torchrec_turbossd.cache.device_cache import DeviceCache
-from torchrec_turbossd.cache.device_reference import TorchOps
-from torchrec_turbossd.errors import CacheFullError
+from tests.cache.device_kit import BOTH, Tables, few_programs
 
-if not torch.cuda.is_available():
-    # Read when kernels are first imported.
-    os.environ["TRITON_INTERPRET"] = "1"
-
-CPU = torch.device("cpu")
-_NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-BOTH = [
-    pytest.param("cpu", "torch", id="torch"),
-    pytest.param("cpu", "triton", id="triton", marks=_NO_TRITON),
-    pytest.param("cuda", "torch", id="torch-cuda", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="triton-cuda", marks=pytest.mark.gpu),
-]
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted programs are slow."""
-    if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-        monkeypatch.setattr("torchrec_turbossd.cache.kernels_rows.EXCHANGE_ROWS", 32)
-
-
-class Tables:
-    """Two kinds of parts a row, several features a table, and a store that is a dict."""
-
-    def __init__(
-        self,
-        where: tuple[str, str],
-        slots: list[int],
-        dram: list[int] | None,
-        features: list[int],
-        rows: list[int],
-        *,
-        ahead: bool = False,
-        changes: bool = True,
-    ) -> None:
-        device, kind = where
-        if kind == "triton" and device == "cpu" and torch.cuda.is_available():
-            pytest.skip("with a GPU here kernels are compiled, not interpreted")
-        self.ahead = ahead
-        self.device, self.rows, self.features = torch.device(device), rows, features
-        self.widths = [[8, 4] if t % 2 else [12, 12] for t in range(len(rows))]
-        self.parts = [
-            [torch.zeros(n + 1, width, dtype=torch.uint8, device=self.device) for width in self.widths[t]]
-            for t, n in enumerate(slots)
-        ]
-        self.cache = DeviceCache(
-            rows,
-            slots,
-            self.parts,
-            row_bytes=[sum(each) for each in self.widths],
-            dram_slots=dram,
-            feature_table=features,
-            changes=changes,
-        )
-        if kind == "torch":
-            self.cache.ops = TorchOps(self.cache.state)
-        else:
-            from torchrec_turbossd.cache.device_triton import TritonOps
-
-            self.cache.ops = TritonOps(self.cache.state)
-        self.stored = [torch.zeros(n, sum(w), dtype=torch.uint8) for n, w in zip(rows, self.widths, strict=True)]
-        self.live = [each.clone() for each in self.stored]
-
-    def row(self, table: int, slots: Tensor) -> Tensor:
-        return torch.cat([part[slots.to(self.device)].cpu() for part in self.parts[table]], dim=1)
-
-    def write_back(self, table: int, ids: Tensor, rows: Tensor) -> None:
-        self.stored[table][ids] = rows
-
-    def bring(self, ids: Tensor, offsets: Tensor, bags: int, *, mark: bool) -> tuple[device_cache.Batch, list[int]]:
-        """A whole batch, as its users do it: (batch, distinct rows of each table that were in no slot)."""
-        cache = self.cache
-        slots = torch.full((ids.numel(),), -7, dtype=torch.int64, device=self.device)
-        batch = cache.remap(ids.to(self.device), offsets.to(self.device), bags, slots, mark=mark)
-        if self.ahead:
-            cache.bring_ahead(batch)
-        first = found = cache.found()
-        assert not found.flags
-        while not found.all_here:
-            try:
-                absent = cache.bring(batch, found)
-            except CacheFullError:
-                cache.give_up(batch)
-                raise
-            if not absent:
-                break
-            for table, wanted in absent:
-                cache.put(table, wanted, self.stored[table][wanted], self.write_back)
-            cache.again(batch)
-            found = cache.found()
-        return batch, (first.in_dram + first.absent).tolist()
-
-    def put_in_slots(self, table: int, ids: Tensor, slots: Tensor) -> None:
-        """Rows as the store has them, in slots that were taken out."""
-        at = 0
-        for part in self.parts[table]:
-            part[slots] = self.stored[table][ids][:, at : at + part.shape[1]].to(self.device)
-            at += part.shape[1]
-        self.cache.admit(table, ids.to(self.device), slots)
-
-    def change(self, table: int, slots: Tensor, ids: Tensor) -> None:
-        """Training: other bytes for the rows of `ids` [N], which are in `slots` [N]."""
-        rows = torch.randint(0, 256, (ids.numel(), sum(self.widths[table])), dtype=torch.uint8)
-        at = 0
-        for part in self.parts[table]:
-            part[slots.to(self.device)] = rows[:, at : at + part.shape[1]].to(self.device)
-            at += part.shape[1]
-        self.live[table][ids] = rows
+__all__ = ["few_programs"]
 
 
 def _batch(tables: Tables, generator: torch.Generator, bags: int) -> tuple[Tensor, Tensor]:
@@ -189,24 +76,6 @@ def test_copies_beside_a_dict(device: str, kind: str, ahead: bool) -> None:
             tables.cache.check()
     there = torch.arange(300, device=tables.device)
     assert bool((tables.cache.in_dram(1, there)[0]).sum() > 60), "what was asked for once is in DRAM"
-
-
-@pytest.mark.parametrize(("device", "kind"), BOTH)
-def test_rows_of_batches_in_flight_stay(device: str, kind: str) -> None:
-    """A batch that does not fit beside those in flight is refused, and fits when they have ended."""
-    tables = Tables((device, kind), [8], None, [0], [100])
-    ids, offsets = torch.arange(6), torch.arange(7)
-    batch, _ = tables.bring(ids, offsets, 6, mark=True)
-    pin = tables.cache.pin(batch)
-    assert tables.cache.pinned_slots == 6
-    with pytest.raises(CacheFullError, match="those in flight leave"):
-        tables.bring(torch.arange(10, 16), offsets, 6, mark=True)
-    tables.cache.check()
-    assert torch.equal(tables.cache.slots_of(0, ids.to(tables.device)).cpu(), batch.slots.cpu())
-    tables.cache.unpin(pin)
-    _, misses = tables.bring(torch.arange(10, 16), offsets, 6, mark=True)
-    assert misses == [6]
-    tables.cache.check()
 
 
 @pytest.mark.parametrize(("device", "kind"), BOTH)
@@ -289,27 +158,6 @@ def test_slots_that_were_taken_away_are_missed(device: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("device", "kind"), BOTH)
-def test_batches_in_flight_stay_counted(device: str, kind: str) -> None:
-    """Slots of an old batch in flight are known to be taken after the batches since it were let go."""
-    tables = Tables((device, kind), [100], [500], [0], [500])
-
-    def bring(first: int, count: int) -> device_cache.Batch:
-        ids = torch.arange(first, first + count)
-        return tables.bring(ids, torch.arange(count + 1), count, mark=True)[0]
-
-    held = [tables.cache.pin(bring(0, 70))]
-    bring(100, 25)
-    held.append(tables.cache.pin(bring(200, 28)))
-    with pytest.raises(CacheFullError):
-        bring(300, 10)
-    tables.cache.check()
-    for pin in held:
-        tables.cache.unpin(pin)
-    assert bool((bring(300, 10).slots > 0).all())
-    tables.cache.check()
-
-
-@pytest.mark.parametrize(("device", "kind"), BOTH)
 def test_the_callers_offsets_stay_as_they_are(device: str, kind: str) -> None:
     """Also bad ones, which every program judges by itself: what one makes of them must not hide them from another."""
     tables = Tables((device, kind), [8, 8], None, [0, 1], [100, 100])
@@ -321,64 +169,6 @@ def test_the_callers_offsets_stay_as_they_are(device: str, kind: str) -> None:
         assert offsets.tolist() == given
         tables.cache.give_up(batch)
         tables.cache.check()
-
-
-@pytest.mark.parametrize(("device", "kind"), BOTH)
-def test_held_rows_stay(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two batches that share rows, each until it is let go; slots that they leave are used by all others."""
-    monkeypatch.setattr("torchrec_turbossd.cache.entries.LAST_STAMP", 7)
-    tables = Tables((device, kind), [16], [100], [0], [100], changes=False)
-    generator = torch.Generator().manual_seed(3)
-    held = []
-    for ids in (torch.arange(4), torch.arange(2, 6)):
-        held.append(tables.bring(ids, torch.arange(5), 4, mark=False)[0])
-        tables.cache.hold(held[-1])
-
-    def slots(ids: Tensor) -> Tensor:
-        return tables.cache.slots_of(0, ids.to(device)).cpu()
-
-    def bring_others(count: int) -> None:
-        for _ in range(12):
-            ids = 6 + torch.randperm(94, generator=generator)[:count]
-            batch, _ = tables.bring(ids, torch.arange(count + 1), count, mark=False)
-            assert torch.equal(tables.row(0, batch.slots.cpu()), tables.live[0][ids])
-
-    places = slots(torch.arange(6))
-    bring_others(8)
-    assert torch.equal(slots(torch.arange(6)), places)
-    tables.cache.let_go(held[0])
-    bring_others(12)
-    assert torch.equal(slots(torch.arange(2, 6)), places[2:])
-    assert not bool(slots(torch.arange(2)).any())
-    with pytest.raises(CacheFullError):
-        tables.bring(torch.arange(10, 23), torch.arange(14), 13, mark=False)
-    tables.cache.let_go(held[1])
-    bring_others(16)
-    assert not bool(slots(torch.arange(6)).any())
-    tables.cache.check()
-
-
-@pytest.mark.parametrize(("device", "kind"), BOTH)
-@pytest.mark.parametrize("ahead", [False, True], ids=["asked", "ahead"])
-def test_what_a_bad_batch_touched_is_counted(device: str, kind: str, ahead: bool) -> None:
-    """It marks slots as used before it is known to be bad; with a batch in flight they stay, as the next sees."""
-    tables = Tables((device, kind), [10], [100], [0], [100], ahead=ahead)
-
-    def bring(ids: list[int]) -> device_cache.Batch:
-        return tables.bring(torch.tensor(ids), torch.arange(len(ids) + 1), len(ids), mark=True)[0]
-
-    bring([50, 51, 52, 53])
-    bring(list(range(10)))
-    pin = tables.cache.pin(bring([0, 1]))
-    falling = torch.tensor([0, 9, *[8] * 7], device=device)
-    slots = torch.empty(8, dtype=torch.int64, device=device)
-    bad = tables.cache.remap(torch.arange(2, 10, device=device), falling, 8, slots, mark=True)
-    assert tables.cache.found().flags == 1
-    tables.cache.give_up(bad)
-    batch = bring([50, 51, 52, 53])
-    assert bool((batch.slots > 0).all())
-    tables.cache.unpin(pin)
-    tables.cache.check()
 
 
 @pytest.mark.parametrize(("device", "kind"), BOTH)
