@@ -123,6 +123,10 @@ class TritonOps(DeviceOps):
             if any(each.numel() for each in given):
                 self._slots, self._first = torch.cat(list(given)), _starts(given, state.device)
         slots, first = self._slots, self._first
+        if slots is not self._no_slots and self._current is not None:
+            # They may have been made for a batch on another stream.
+            for each in (slots, first):
+                each.record_stream(self._current())
         self._launch(
             kernels_rows.choose,
             (len(state.rows), 1),
