@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import weakref
 from pathlib import Path
 
-import fbgemm_gpu  # noqa: F401  (registers its operators)
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ def host_rows(rows: int, row_bytes: int, device: torch.device) -> Tensor:
         # Managed memory is only taken when it is written, and the process dies if it cannot be.
         raise MemoryError(f"cannot allocate {size:,} bytes of host memory, of which {free:,} are available")
     if _has_concurrent_managed_memory(device):
+        # Its operators are wanted here alone: sizes are planned without them.
+        importlib.import_module("fbgemm_gpu")
         with torch.cuda.device(device):
             like = torch.empty(0, dtype=torch.uint8, device=device)
             managed: Tensor = torch.ops.fbgemm.uvm_to_cpu(
