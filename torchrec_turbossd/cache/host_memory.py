@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import mmap
@@ -49,10 +50,12 @@ def host_rows(rows: int, row_bytes: int, device: torch.device) -> Tensor:
         importlib.import_module("fbgemm_gpu")
         with torch.cuda.device(device):
             like = torch.empty(0, dtype=torch.uint8, device=device)
-            managed: Tensor = torch.ops.fbgemm.uvm_to_cpu(
-                torch.ops.fbgemm.new_managed_tensor(like, [rows, row_bytes]),
-            )
-        return managed
+            managed = torch.ops.fbgemm.new_managed_tensor(like, [rows, row_bytes])
+            # The driver takes its pages from this process when it forks, and gives them back one by one.
+            with contextlib.suppress(AttributeError, RuntimeError):
+                torch.ops.fbgemm.uvm_mem_advice_dont_fork(managed)
+            table: Tensor = torch.ops.fbgemm.uvm_to_cpu(managed)
+        return table
     return _pinned(size, device).view(rows, row_bytes)
 
 
