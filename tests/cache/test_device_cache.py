@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cache.device_kit import BOTH, Tables, few_programs
+from tests.cache.device_kit import BOTH, Tables, few_programs, steps_of
 
 __all__ = ["few_programs"]
 
@@ -29,7 +29,7 @@ def test_beside_a_dict(device: str, kind: str, dram: list[int] | None, ahead: bo
     """Rows, changed in slots as training does, are right wherever they go, and what missed is counted exactly."""
     tables = Tables((device, kind), [40, 25, 60], dram, [0, 0, 1, 2], [200, 25, 300], ahead=ahead)
     generator = torch.Generator().manual_seed(5)
-    for step in range(25):
+    for step in range(steps_of(device, kind, 25)):
         ids, offsets = _batch(tables, generator, 6)
         if not ids.numel():
             continue
