@@ -131,7 +131,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def _table(self, row: str) -> list[str]:
-        lines = ["| case | ours | peer | ratio | goal | held | note |", "|---|---|---|---|---|---|---|"]
+        lines = ["| case | ours | peer | ratio | goal | reached | note |", "|---|---|---|---|---|---|---|"]
         for f in self.figures:
             if f.row != row:
                 continue
