@@ -23,6 +23,7 @@ from torchrec_turbossd.cache.device_reference import TorchOps
 from torchrec_turbossd.cache.device_slots import Pin
 from torchrec_turbossd.cache.device_state import Batch, DeviceState
 from torchrec_turbossd.cache.dram_tier import LEAST_DRAM_ROWS, DramTier
+from torchrec_turbossd.cache.free_slots import FreeSlots
 from torchrec_turbossd.cache.policies import DEFAULT_POLICY
 from torchrec_turbossd.cache.slot_map import SlotMap
 from torchrec_turbossd.errors import CacheFullError, ConfigError
@@ -95,7 +96,7 @@ class DeviceCache(HeldSlots):
         self._feature_table = np.asarray(feature_table, dtype=np.int64)
         self._one_each = list(feature_table) == list(range(len(rows)))
         self._given: list[Tensor] = []
-        self._given_versions: list[int] = []
+        self._given_versions: list[tuple[FreeSlots, int]] = []
         self._given_ahead = False
         """A batch was given them that has not told of its needs."""
         self._none = np.zeros(len(rows), dtype=np.int64)
@@ -240,7 +241,7 @@ class DeviceCache(HeldSlots):
 
         Rows of batches in flight stay, whatever comes.
         """
-        versions = [free.version for free in self._free]
+        versions = [(free, free.version) for free in self._free]
         if versions != self._given_versions:
             # The same list as long as the same slots are free: it is looked at by what it is.
             self._given, self._given_versions = [free.peek(_MOST_GIVEN) for free in self._free], versions

@@ -71,7 +71,6 @@ class DeviceRows(TableRows):
             policy=policy,
         )
         super().__init__(shards, feature_table, memory, store, self.cache, bounds)
-
         self._missed = False
         """The last batch found rows missing from slots, and so may the next."""
 
@@ -80,7 +79,7 @@ class DeviceRows(TableRows):
 
     def choose(self, batch: UnplacedBatch, *, train: bool = True) -> DeviceArrival:
         slots = torch.empty(batch.indices.numel(), dtype=torch.int64, device=self.cache.device)
-        if not (slots.numel() and batch.bags):
+        if not batch.lookups_and_bags:
             batch.place()
             return DeviceArrival(batch, slots)
         with self.lock:
